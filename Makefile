@@ -1,0 +1,58 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3.11
+VENV ?= .venv
+SEED ?= 0
+# Each seed keeps its own directory, because a finished run is reused, not overwritten.
+ROOT ?= runs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints/cpu-py311.txt
+# Compiled sources decide when the extension is rebuilt.
+NATIVE := $(wildcard csrc/*/*) CMakeLists.txt setup.py pyproject.toml $(CONSTRAINTS)
+
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help install quickstart test lint bench clean
+help:
+	@echo "make quickstart   install and run the whole recipe on CPU (SEED=0); prints where the report is"
+	@echo "make test         ruff, mypy and pytest"
+	@echo "make lint         ruff and mypy"
+	@echo "make bench        kernel and peer benchmarks at CPU sizes"
+	@echo "make clean        remove builds and caches (runs/ stays)"
+
+$(VENV)/.python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check "pip>=25,<27"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.python $(NATIVE)
+	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) torch==2.13.0
+	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e .
+	touch $@
+
+$(VENV)/.test-installed: $(VENV)/.installed
+	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[test,eval,datasets,peers]"
+	touch $@
+
+install: $(VENV)/.installed
+
+quickstart: $(VENV)/.installed
+	$(BIN)/tulu-hpc recipe configs/quickstart/recipe.yaml run.seed=$(SEED) run.root=$(ROOT)
+
+lint: $(VENV)/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+bench: $(VENV)/.test-installed
+	$(BIN)/tulu-hpc bench linear_logprob --quick
+	$(BIN)/tulu-hpc bench packed_attention --quick
+	$(BIN)/python benchmarks/peers/trl_sft.py
+	$(BIN)/python benchmarks/peers/trl_dpo.py
+
+clean:
+	rm -rf build dist *.egg-info kernels/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,113 @@
+"""linear_logprob in plain torch: the specification, and the row kernels of the `reference` backend.
+
+Shapes: T rows of hidden, U rows used, K targets, H hidden, V vocabulary, Vl its local shard, C columns of a block.
+
+For a row with hidden state h:  z = W h,  z' = softcap * tanh(z / softcap) if there is a cap,  x = z' / temperature,
+    logprob of target y:  x_y - logsumexp(x)             entropy:  logsumexp(x) - sum_j softmax(x)_j x_j
+"""
+
+import torch
+from torch import Tensor
+
+
+def transform(logits: Tensor, inv_temperature: float, softcap: float) -> Tensor:
+    """The logits after the soft cap (0 = none) and the temperature."""
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits * inv_temperature
+
+
+def linear_logprob_dense(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    target_K: Tensor,
+    row_K: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs [K] and entropies [K] by the definition, with all logits in memory; autograd gives the gradients.
+
+    Use it in float64 as the oracle. Ignored targets give 0 in both outputs.
+    """
+    row_K = torch.arange(len(target_K), device=target_K.device) if row_K is None else row_K
+    keep_K = target_K != ignore_index
+    logits_KV = transform(hidden_TH[row_K] @ weight_VH.T, 1.0 / temperature, softcap or 0.0)
+    all_logprobs_KV = logits_KV.log_softmax(-1)
+    logprobs_K = all_logprobs_KV.gather(1, target_K.where(keep_K, 0)[:, None])[:, 0]
+    entropy_K = -(all_logprobs_KV.exp() * all_logprobs_KV).sum(-1)
+    return logprobs_K.where(keep_K, 0), entropy_K.where(keep_K, 0)
+
+
+class ReferenceRows:
+    """The two row passes in torch (any device; fp32 and fp64); see `blocks.RowKernels` for what they must do."""
+
+    name = "reference"
+
+    def forward(
+        self,
+        logits_UC: Tensor,
+        first: int,
+        target_K: Tensor,
+        row_start_U1: Tensor,
+        state_3U: Tensor,
+        picked_K: Tensor,
+        inv_temperature: float,
+        softcap: float,
+    ) -> None:
+        x = transform(logits_UC, inv_temperature, softcap)
+        maximum, total, dot = state_3U
+        new_maximum = torch.maximum(maximum, x.amax(-1))
+        scale = (maximum - new_maximum).exp()
+        shift = x - new_maximum[:, None]
+        exponential = shift.exp()
+        dot.add_((maximum - new_maximum).clamp(min=-1e30) * total).mul_(scale).add_((exponential * shift).sum(-1))
+        total.mul_(scale).add_(exponential.sum(-1))
+        maximum.copy_(new_maximum)
+        row_k, column_k, k = _targets(target_K, row_start_U1, first, logits_UC.shape[1])
+        picked_K[k] = x[row_k, column_k]
+
+    def backward(
+        self,
+        logits_UC: Tensor,
+        out_UC: Tensor,
+        first: int,
+        target_K: Tensor,
+        row_start_U1: Tensor,
+        stats_K4: Tensor,
+        grad_K4: Tensor,
+        inv_temperature: float,
+        softcap: float,
+    ) -> None:
+        counts_U = row_start_U1.diff()
+        has_U = counts_U > 0
+        offset = int(row_start_U1[0]) if len(row_start_U1) else 0
+        k = slice(offset, offset + int(counts_U.sum()))
+        row_k = torch.repeat_interleave(torch.arange(len(counts_U), device=logits_UC.device), counts_U)
+        first_U = row_start_U1[:-1].clamp(max=max(len(stats_K4) - 1, 0))
+        maximum, log_sum, centred, _ = stats_K4[first_U].T
+        grad_U4 = torch.zeros(len(counts_U), 4, dtype=grad_K4.dtype, device=grad_K4.device)
+        grad_U4.index_add_(0, row_k, grad_K4[k])
+        x = transform(logits_UC, inv_temperature, softcap)
+        slope = torch.full_like(x, inv_temperature)
+        if softcap:
+            slope.mul_(1 - torch.tanh(logits_UC / softcap) ** 2)
+        shift = x - maximum[:, None]
+        p = (shift - log_sum[:, None]).exp()
+        dx = p * ((grad_U4[:, 1] + grad_U4[:, 2] * (1 - centred))[:, None] + grad_U4[:, 2, None] * shift)
+        dx.masked_fill_(~has_U[:, None], 0)
+        row_k, column_k, k_k = _targets(target_K, row_start_U1, first, logits_UC.shape[1])
+        dx.index_put_((row_k, column_k), grad_K4[k_k, 3], accumulate=True)
+        out_UC.copy_(dx * slope)
+
+
+def _targets(target_K: Tensor, row_start_U1: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, column, index in K) of the targets of these rows that lie in the columns first:first+columns."""
+    if len(row_start_U1) < 2:
+        empty = torch.zeros(0, dtype=torch.int64, device=target_K.device)
+        return empty, empty, empty
+    k = torch.arange(int(row_start_U1[0]), int(row_start_U1[-1]), device=target_K.device)
+    row_k = torch.repeat_interleave(torch.arange(len(row_start_U1) - 1, device=target_K.device), row_start_U1.diff())
+    column_k = target_K[k] - first
+    inside = (column_k >= 0) & (column_k < columns)
+    return row_k[inside], column_k[inside], k[inside]

@@ -1,0 +1,49 @@
+"""The doctor's report: complete, true for what is installed, and with a command for what is not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+from tulu_hpc.diagnostics import benchmarks, doctor
+
+
+def test_report_has_every_part() -> None:
+    text = doctor.report()
+    for word in ("versions", "machine", "devices", "kernels", "engines", "processes", *doctor.KERNEL_FAMILIES):
+        assert word in text
+    assert importlib.metadata.version("torch") in text
+    assert "None" not in text
+
+
+def test_what_is_missing_comes_with_a_command() -> None:
+    for engine in doctor.engines():
+        line = doctor._engine_line(engine)
+        if engine.found:
+            assert engine.found in line
+        else:
+            assert engine.gives in line and engine.install in line
+
+
+def test_programs_are_looked_for_in_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor._program("nvcc", "--version") == ""
+    (tmp_path / "nvcc").write_text("#!/bin/sh\necho one\necho release 12.9\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    assert doctor._program("nvcc", "--version") == f"release 12.9 ({tmp_path}/nvcc)"
+
+
+def test_every_reported_kernel_state_is_the_registrys() -> None:
+    from tulu_hpc.kernels import available_backends
+
+    text = "\n".join(doctor.kernels())
+    for family in doctor.KERNEL_FAMILIES:
+        for name, state in available_backends(family).items():
+            assert name in text and (state == "usable" or state in text)
+
+
+def test_unknown_benchmark_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="no benchmark named 'none'; there are: "):
+        benchmarks.run("none", [])

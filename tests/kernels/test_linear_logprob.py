@@ -1,0 +1,387 @@
+"""linear_logprob on one process: every backend against the definition in float64.
+
+Not proved here: the CUDA row kernels' results (no device in CI); test_native.py checks that they are compiled.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tulu_hpc.kernels import BackendError, available_backends, last_backend, linear_logprob
+from tulu_hpc.kernels.linear_logprob import blocks
+from tulu_hpc.kernels.linear_logprob.cpu import CpuRows
+from tulu_hpc.kernels.linear_logprob.reference import linear_logprob_dense
+from tulu_hpc.kernels.native import core
+
+BACKENDS = ["reference", "cpu"]
+
+
+def problem(
+    rows: int, hidden: int, vocab: int, targets: int, seed: int = 0, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(rows, hidden, generator=generator) * scale
+    w = torch.randn(vocab, hidden, generator=generator)
+    target = torch.randint(0, vocab, (targets,), generator=generator)
+    row = torch.randint(0, max(rows, 1), (targets,), generator=generator)
+    return h, w, target, row
+
+
+def values_and_gradients(function, h, w, grads, **arguments):
+    """(logprobs, entropy, dh, dw) in float64."""
+    h, w = h.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
+    logprobs, entropy = function(h, w, **arguments)
+    loss = (logprobs * grads[0].to(logprobs.dtype)).sum() + (entropy * grads[1].to(entropy.dtype)).sum()
+    dh, dw = torch.autograd.grad(loss, (h, w))
+    return [x.detach().double() for x in (logprobs, entropy, dh, dw)]
+
+
+def compare(h, w, target, row=None, *, backend, tolerance, seed=7, **arguments):
+    """Ours on fp32 copies against the definition in fp64; gradients relative to their largest element."""
+    generator = torch.Generator().manual_seed(seed)
+    grads = torch.randn(2, len(target), generator=generator)
+    buffer = arguments.pop("max_buffer_bytes", None)
+    ours = values_and_gradients(
+        lambda a, b, **kw: linear_logprob(
+            a, b, target, row_K=row, return_entropy=True, backend=backend, max_buffer_bytes=buffer, **kw
+        ),
+        h,
+        w,
+        grads,
+        **arguments,
+    )
+    oracle = values_and_gradients(
+        lambda a, b, **kw: linear_logprob_dense(a, b, target, row, **kw), h.double(), w.double(), grads, **arguments
+    )
+    assert last_backend("linear_logprob") == backend
+    for name, mine, want in zip(("logprobs", "entropy", "d hidden", "d weight"), ours, oracle):
+        bound = tolerance * max(1.0, float(want.abs().max()) if want.numel() else 0.0)
+        error = float((mine - want).abs().max()) if want.numel() else 0.0
+        assert error <= bound, f"{name}: {error:.2e} > {bound:.2e}"
+    return ours
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    vocab=st.integers(1, 70),
+    targets=st.integers(0, 20),
+    temperature=st.sampled_from([1.0, 0.7, 2.0]),
+    softcap=st.sampled_from([None, 3.0]),
+    buffer=st.sampled_from([4, 64, 1000, None]),
+    ignored=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_against_the_definition(backend, rows, vocab, targets, temperature, softcap, buffer, ignored, seed):
+    h, w, target, row = problem(rows, 5, vocab, targets, seed)
+    target[torch.rand(targets, generator=torch.Generator().manual_seed(seed)) < ignored] = -100
+    compare(
+        h,
+        w,
+        target,
+        row,
+        backend=backend,
+        tolerance=1e-5,
+        temperature=temperature,
+        softcap=softcap,
+        max_buffer_bytes=buffer,
+    )
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_every_instruction_set(isa, softcap):
+    if core().set_cpu_isa(isa):
+        pytest.skip(f"this processor or build has no {isa}: {core().build_info()['cpu_isas']}")
+    try:
+        h, w, target, row = problem(6, 32, 10_007, 15, scale=3.0)
+        compare(h, w, target, row, backend="cpu", tolerance=2e-5, softcap=softcap)
+    finally:
+        assert core().set_cpu_isa("auto") == 0
+
+
+def test_threads_agree():
+    h, w, target, row = problem(37, 16, 3001, 50)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            stats, _ = torch.ops.tulu_hpc.linear_logprob_stats(
+                *_sorted(h, w, target, row), 1.0, 0.0, 0, 2**28, False, "cpu"
+            )
+            results.append(stats)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-5)
+
+
+def _sorted(h, w, target, row):
+    """Arguments of the op: rows compacted, targets in row order."""
+    row, order = row.sort(stable=True)
+    rows, counts = row.unique_consecutive(return_counts=True)
+    return h[rows], w, target[order], torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("magnitude", [30.0, 1e4])
+def test_extreme_logits(backend, magnitude):
+    """One hidden unit of 1: logits are the weights, exactly; so the error is that of the row passes alone."""
+    generator = torch.Generator().manual_seed(1)
+    w = (torch.rand(501, 1, generator=generator) * 2 - 1) * magnitude
+    w[0] = magnitude
+    w[1] = -magnitude
+    h = torch.ones(4, 1)
+    target = torch.tensor([0, 1, 2, 3])
+    logprobs, entropy, _, _ = compare(h, w, target, backend=backend, tolerance=1e-5)
+    assert torch.isfinite(logprobs).all() and torch.isfinite(entropy).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_and_one_hot_logits(backend):
+    h = torch.ones(1, 1)
+    equal = linear_logprob(h, torch.full((64, 1), -1e4), torch.tensor([5]), return_entropy=True, backend=backend)
+    assert float(equal.logprobs_K) == pytest.approx(-math.log(64), abs=1e-6)
+    assert equal.entropy_K is not None and float(equal.entropy_K) == pytest.approx(math.log(64), abs=1e-6)
+    one_hot = torch.zeros(64, 1)
+    one_hot[5] = 1e4
+    result = linear_logprob(h, one_hot, torch.tensor([5]), return_entropy=True, backend=backend)
+    assert float(result.logprobs_K) == 0.0
+    assert result.entropy_K is not None and float(result.entropy_K) == 0.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_ignored_and_single(backend):
+    h, w, target, _ = problem(3, 4, 11, 3)
+    h.requires_grad_()
+    ignored = linear_logprob(h, w, torch.full((3,), -100), return_entropy=True, backend=backend)
+    assert ignored.logprobs_K.tolist() == [0, 0, 0]
+    assert ignored.entropy_K is not None and ignored.entropy_K.tolist() == [0, 0, 0]
+    (grad,) = torch.autograd.grad(ignored.logprobs_K.sum(), h)
+    assert not grad.any()
+    nothing = torch.zeros(0, dtype=torch.int64)
+    assert linear_logprob(h, w, nothing, row_K=nothing, backend=backend).logprobs_K.shape == (0,)
+    assert linear_logprob(h[:0], w, nothing, backend=backend).logprobs_K.shape == (0,)
+    one = linear_logprob(h[:1], w, target[:1], backend=backend).logprobs_K
+    torch.testing.assert_close(one, (h[:1] @ w.T).log_softmax(-1)[0, target[0]][None], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_equal_targets_of_one_row_add_up(backend):
+    h, w, _, _ = problem(2, 8, 40, 0)
+    target = torch.tensor([3, 3, 3, 7, 3, 9, 39])
+    compare(h, w, target, torch.tensor([1, 1, 1, 1, 0, 1, 1]), backend=backend, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_and_expanded_inputs(backend):
+    h, w, target, _ = problem(8, 6, 23, 8)
+    strided_h = torch.stack((h, h), 2).flatten(1)[:, ::2]
+    strided_w = torch.stack((w, w), 2).flatten(1)[:, ::2]
+    assert not strided_h.is_contiguous()
+    torch.testing.assert_close(
+        linear_logprob(strided_h, strided_w, target, backend=backend).logprobs_K,
+        linear_logprob(h, w, target, backend=backend).logprobs_K,
+    )
+    expanded = h[:1].expand(8, 6).clone().requires_grad_()
+    logprobs = linear_logprob(expanded, w, target[:1].expand(8), backend=backend).logprobs_K
+    (grad,) = torch.autograd.grad(logprobs.sum(), expanded)  # the upstream gradient is an expanded scalar
+    torch.testing.assert_close(grad, grad[:1].expand(8, 6))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_operands_give_fp32_results(backend):
+    h, w, target, _ = problem(64, 256, 2000, 64)
+    h, w = h.bfloat16(), w.bfloat16()
+    logprobs = linear_logprob(h, w, target, backend=backend).logprobs_K
+    oracle, _ = linear_logprob_dense(h.double(), w.double(), target)
+    assert logprobs.dtype == torch.float32
+    assert float((h.float() @ w.float().T).abs().max()) > 30
+    assert float((logprobs - oracle).abs().max()) <= 2e-5
+
+
+def test_bf16_weight_gradient_is_accumulated_in_fp32():
+    """256 equal contributions: sums in bf16 would stop growing at 256 times the spacing of the sum."""
+    h = torch.ones(512, 2, dtype=torch.bfloat16)
+    w = torch.zeros(3, 2, dtype=torch.bfloat16, requires_grad=True)
+    logprobs = linear_logprob(h, w, torch.zeros(512, dtype=torch.int64), max_buffer_bytes=4096).logprobs_K
+    (grad,) = torch.autograd.grad(logprobs.sum(), w)
+    torch.testing.assert_close(grad[0].float(), torch.full((2,), 512 * 2 / 3), rtol=2**-8, atol=0)
+
+
+def test_gradcheck():
+    h, w, target, row = problem(4, 3, 9, 6)
+    target[2] = -100
+    h, w = h.double().requires_grad_(), w.double().requires_grad_()
+    for buffer in (None, 8 * 10):
+        assert torch.autograd.gradcheck(
+            lambda a, b, buffer=buffer: tuple(
+                linear_logprob(
+                    a, b, target, row_K=row, return_entropy=True, temperature=0.8, softcap=4.0, max_buffer_bytes=buffer
+                )
+            ),
+            (h, w),
+        )
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the largest storage that any operation inside returned, and the FLOPs of the matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.name().split("::")[1].split(".")[0]
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = [x for x in args if isinstance(x, Tensor)][-2:]
+            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.largest = max(self.largest, leaf.untyped_storage().nbytes())
+        return out
+
+
+def _run(rows, hidden, vocab, buffer):
+    """The block loops on the C++ row passes, called directly: a dispatch mode does not see inside an op."""
+    h, w, target, _ = problem(rows, hidden, vocab, rows)
+    with Allocations() as seen:
+        shared = (h, w, target, torch.arange(rows + 1), 1.0, 0.0, 0, buffer)
+        record = blocks.Problem(*shared)
+        kernels = CpuRows()
+        stats, kept = blocks.forward(record, kernels, True)
+        blocks.backward(record, kernels, stats, torch.ones_like(stats), kept, True, True)
+    return seen, kept
+
+
+def test_no_buffer_beyond_the_limit_and_recompute_only_then():
+    rows, hidden, vocab = 64, 16, 5000
+    product = 2 * rows * hidden * vocab
+    seen, kept = _run(rows, hidden, vocab, 2**28)
+    assert kept.shape == (rows, vocab) and seen.flops == 3 * product
+    limit = rows * 1500 * 4
+    assert limit > vocab * hidden * 4, (
+        "the weight gradient itself must be below the limit for this test to see anything"
+    )
+    seen, kept = _run(rows, hidden, vocab, limit)
+    assert kept.numel() == 0 and seen.flops == 4 * product
+    assert seen.largest <= limit < rows * vocab * 4
+    # A limit below one row of logits still holds.
+    small = blocks.plan_blocks(rows, vocab, 4, 400, False)
+    assert (small.rows, small.columns, small.keep) == (1, 100, False)
+
+
+def test_ignored_rows_cost_nothing():
+    h, w, target, _ = problem(64, 16, 500, 64)
+    target[::2] = -100
+    seen: list[int] = []
+
+    class Rows(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "linear_logprob_stats" in func.name():
+                seen.append(args[0].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    with Rows():
+        linear_logprob(h, w, target)
+    assert seen == [32]
+
+
+def test_kept_logits_survive_a_second_backward():
+    h, w, target, _ = problem(5, 4, 30, 5)
+    h.requires_grad_()
+    out = linear_logprob(h, w, target).logprobs_K.sum()
+    (first,) = torch.autograd.grad(out, h, retain_graph=True)
+    (second,) = torch.autograd.grad(out, h)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("buffer", [2**20, 4 * 7])
+def test_opcheck(backend, buffer):
+    h, w, target, row = problem(5, 4, 30, 9)
+    arguments = _sorted(h.requires_grad_(), w.requires_grad_(), target, row)
+    arguments = (arguments[0].detach().requires_grad_(), *arguments[1:])
+    constants = (1.0, 0.0, 0, buffer)
+    torch.library.opcheck(torch.ops.tulu_hpc.linear_logprob_stats.default, (*arguments, *constants, True, backend))
+    with torch.no_grad():
+        stats, kept = torch.ops.tulu_hpc.linear_logprob_stats(*arguments, *constants, True, backend)
+        arguments = tuple(x.detach() for x in arguments)
+        torch.library.opcheck(
+            torch.ops.tulu_hpc.linear_logprob_stats_backward.default,
+            (torch.randn_like(stats), stats, kept, *arguments, *constants, True, True, backend),
+        )
+
+
+@pytest.mark.parametrize("with_rows", [False, True])
+def test_compiles_without_graph_breaks(with_rows):
+    h, w, target, row = problem(9, 4, 30, 9)
+    target[3] = -100
+    row = row if with_rows else None
+
+    def loss(a, b):
+        out = linear_logprob(a, b, target, row_K=row, return_entropy=True)
+        return out.logprobs_K.sum() + 0.3 * out.entropy_K.sum()
+
+    h, w = h.requires_grad_(), w.requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(h, w), loss(h, w))
+    mine = torch.autograd.grad(compiled(h, w), (h, w))
+    torch.testing.assert_close(mine, torch.autograd.grad(loss(h, w), (h, w)), rtol=1e-5, atol=1e-6)
+
+
+def test_errors_name_what_is_wrong():
+    h, w, target, _ = problem(4, 3, 9, 4)
+    with pytest.raises(ValueError, match=r"\[T, H\]"):
+        linear_logprob(h, w[:, :2], target)
+    with pytest.raises(TypeError, match="float16"):
+        linear_logprob(h.half(), w.half(), target)
+    with pytest.raises(TypeError, match="both"):
+        linear_logprob(h, w.double(), target)
+    with pytest.raises(TypeError, match="int64"):
+        linear_logprob(h, w, target.int())
+    with pytest.raises(TypeError, match="row_K"):
+        linear_logprob(h, w, target, row_K=target[:2])
+    with pytest.raises(ValueError, match="give row_K"):
+        linear_logprob(h, w, target[:3])
+    with pytest.raises(ValueError, match=r"row_K holds .*4"):
+        linear_logprob(h, w, target, row_K=torch.tensor([0, 1, 2, 4]))
+    with pytest.raises(ValueError, match="target 9 lies outside"):
+        linear_logprob(h, w, torch.tensor([0, 1, 9, 3]))
+    with pytest.raises(ValueError, match="temperature"):
+        linear_logprob(h, w, target, temperature=0.0)
+    with pytest.raises(ValueError, match="does not hold one logit"):
+        linear_logprob(h, w, target, max_buffer_bytes=2)
+    with pytest.raises(BackendError, match="no backend 'tritone'"):
+        linear_logprob(h, w, target, backend="tritone")
+    with pytest.raises(BackendError, match="float64"):
+        linear_logprob(h.double(), w.double(), target, backend="cpu")
+    if available_backends("linear_logprob")["cuda"] != "usable":
+        with pytest.raises(BackendError, match="CUDA"):
+            linear_logprob(h, w, target, backend="cuda")
+
+
+def test_backend_can_be_set_by_environment(monkeypatch):
+    h, w, target, _ = problem(4, 3, 9, 4)
+    linear_logprob(h, w, target)
+    assert last_backend("linear_logprob") == "cpu"
+    monkeypatch.setenv("TULU_HPC_LINEAR_LOGPROB_BACKEND", "reference")
+    linear_logprob(h, w, target)
+    assert last_backend("linear_logprob") == "reference"
+
+
+def test_nan_is_not_hidden():
+    h, w, target, _ = problem(3, 3, 100, 3)
+    h[1] = math.nan
+    for backend in BACKENDS:
+        logprobs = linear_logprob(h, w, target, backend=backend).logprobs_K
+        assert torch.isnan(logprobs).tolist() == [False, True, False]

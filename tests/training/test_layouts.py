@@ -1,0 +1,91 @@
+"""Loss, gradients and updates do not depend on the layout, the packing or the number of micro-batches.
+
+Not proven here: other interconnects than gloo on one machine, bf16, models that need more than four processes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parallel.forked import run_forked
+from tests.training import tiny
+from tulu_hpc.config.schema import ParallelSection
+
+STEPS = ["spgspsgp", "sppsgs", "ggpsspss"]
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {
+        "one process": {},
+        "prompts repeated": {"share": False},
+        "small packs": {"pack_rows": 48},
+        "one pack": {"pack_rows": 1024},
+        "no distributed optimizer": {"distributed_optimizer": False},
+        "full recompute": {"recompute": "full"},
+    },
+    2: {
+        "tp2 sp": {"tensor": 2},
+        "tp2": {"tensor": 2, "sequence": False},
+        "tp2 sp full recompute": {"tensor": 2, "recompute": "full"},
+        "pp2": {"pipeline": 2},
+        "pp2 vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+        "cp2": {"context": 2},
+        "cp2 zigzag": {"context": 2, "context_split": "zigzag"},
+        "cp2 no distributed optimizer": {"context": 2, "distributed_optimizer": False},
+        "dp2 distributed optimizer": {},
+        "dp2 overlap": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+        "dp2 prompts repeated": {"share": False},
+    },
+    4: {
+        "tp2 pp2": {"tensor": 2, "pipeline": 2},
+        "cp2 tp2": {"context": 2, "tensor": 2},
+        "pp2 dp2": {"pipeline": 2},
+        "tp2 dp2": {"tensor": 2},
+    },
+}
+CASES = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts]
+
+
+def run_all(model: Path, layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    results = {}
+    for name, options in layouts.items():
+        parallel = ParallelSection(**{k: v for k, v in options.items() if k in ParallelSection.model_fields})
+        rest = {k: v for k, v in options.items() if k not in ParallelSection.model_fields}
+        results[name] = tiny.train(model, STEPS, parallel=parallel, **rest)
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], Any]:
+    model = tiny.write_model(tmp_path_factory.mktemp("model") / "hf")
+    found = {world: run_forked(world, run_all, model, layouts) for world, layouts in LAYOUTS.items()}
+    for per_rank in found.values():  # every rank must report the same losses, norms and metrics
+        for rank_result in per_rank[1:]:
+            for name, result in rank_result.items():
+                for key in ("losses", "norms", "metrics"):
+                    assert result[key] == per_rank[0][name][key], (name, key)
+    return {(world, name): found[world][0][name] for world, name in CASES}
+
+
+@pytest.mark.parametrize(("world", "name"), CASES)
+def test_same_training_at_any_layout(results: dict[tuple[int, str], Any], world: int, name: str) -> None:
+    found, wanted = results[world, name], results[1, "one process"]
+    for step in range(len(STEPS)):
+        for key, value in wanted["metrics"][step].items():
+            assert found["metrics"][step][key] == pytest.approx(value, abs=1e-5, rel=1e-5), (step, key)
+        assert found["losses"][step] == pytest.approx(wanted["losses"][step], abs=1e-5)
+        assert found["norms"][step] == pytest.approx(wanted["norms"][step], rel=1e-5)
+    assert tiny.largest_difference(found["gradients"], wanted["gradients"], relative=True) <= 1e-5
+    assert tiny.largest_difference(found["weights"], wanted["weights"], relative=False) <= 1e-4
+
+
+def test_training_changes_the_weights(results: dict[tuple[int, str], Any], tmp_path: Path) -> None:
+    """Otherwise the comparison above would compare nothing."""
+    final = results[1, "one process"]["weights"]
+    from safetensors.torch import load_file
+
+    model = tiny.write_model(tmp_path / "hf")
+    start = {k: v for file in model.glob("*.safetensors") for k, v in load_file(file).items()}
+    assert min((final[name] - start[name]).abs().max().item() for name in final) > 1e-4
+    assert results[1, "one process"]["norms"][0] > tiny.OPTIMIZER.clip_grad, "clipping must be active"

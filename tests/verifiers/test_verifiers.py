@@ -1,0 +1,193 @@
+"""Scores of single answers, worked out by hand."""
+
+import json
+
+import pytest
+
+from tulu_hpc.verifiers import check_record, register, verifier_names, verify
+from tulu_hpc.verifiers.constraints import CONSTRAINTS
+from tulu_hpc.verifiers.gsm8k import last_number, reference_answer, shows_working
+from tulu_hpc.verifiers.ifeval import follow_loose, follow_strict, parse_instructions
+
+
+def math_score(completion, truth, rules="fixed"):
+    return verify({"dataset": "gsm8k", "ground_truth": truth}, completion, rules).score
+
+
+@pytest.mark.parametrize(
+    ("completion", "truth", "fixed", "compat"),
+    [
+        ("12+2=14\nThe answer is 14.", "14", 1, 1),
+        ("The answer is 14", "15", 0, 0),
+        ("First 14, then 3.", "14", 0, 0),
+        ("It costs $1,234.", "1234", 1, 1),
+        ("It costs 1,234,567", "1234567", 1, 1),
+        ("It is -5.", "-5", 1, 0),
+        ("It is -5.", "5", 0, 1),
+        ("3-8 = -5", "-5", 1, 0),
+        ("so 12-5", "5", 1, 1),
+        ("x=(2)-5", "5", 1, 1),
+        ("The answer is 7.0", "7", 1, 0),
+        ("The answer is 7.", "7.0", 1, 0),
+        ("The answer is .5", "0.5", 1, 0),
+        ("-$3", "-3", 1, 0),
+        ("seven", "7", 0, 0),
+        ("", "7", 0, 0),
+    ],
+)
+def test_gsm8k(completion, truth, fixed, compat):
+    assert math_score(completion, truth) == fixed
+    assert math_score(completion, truth, "tulu3-compat") == compat
+
+
+def test_gsm8k_reference():
+    assert reference_answer("He has 3+4=<<3+4=7>>7.\n#### 1,070") == "1070"
+    with pytest.raises(ValueError, match="####"):
+        reference_answer("It is 7.")
+    with pytest.raises(ValueError, match="not a number"):
+        reference_answer("#### seven")
+    assert last_number("no") is None
+    assert shows_working("1+1=2\nThe answer is 2.") and not shows_working("The answer is 2.")
+
+
+CASES = {
+    "detectable_format:number_bullet_lists": (
+        {"num_bullets": 2},
+        ["* a\n* b", "- a\n  - b", "text\n* a\n- b"],
+        ["* a", "* a\n* b\n* c", "** a\n* b"],
+    ),
+    "change_case:english_lowercase": ({}, ["all low, 3."], ["Not low", "123", ""]),
+    "change_case:english_capital": ({}, ["ALL UP, 3."], ["NOT Up", "123"]),
+    "startend:end_checker": ({"end_phrase": "Bye"}, ["so bye", 'so "BYE"', "Bye  \n"], ["bye.", "bye now"]),
+    "startend:quotation": ({}, ['"a"', ' "a" '], ['"', '"a', "a", "'a'"]),
+    "keywords:existence": ({"keywords": ["sun", "c++"]}, ["Sunny C++"], ["sun c+", "c++"]),
+    "keywords:forbidden_words": ({"forbidden_words": ["sun"]}, ["sunny"], ["the SUN shines"]),
+    "keywords:frequency": ({"keyword": "a", "frequency": 2, "relation": "at least"}, ["a A"], ["a"]),
+    "punctuation:no_comma": ({}, ["a; b"], ["a, b"]),
+    "length_constraints:number_words": ({"num_words": 2, "relation": "less than"}, ["one"], ["one two"]),
+    "detectable_content:number_placeholders": ({"num_placeholders": 1}, ["to [name]"], ["to name"]),
+    "detectable_format:title": ({}, ["<<a b>>\ntext"], ["<a>", "<< >>"]),
+    "detectable_format:json_format": ({}, ['{"a": 1}', '```json\n{"a": 1}\n```'], ["a: 1"]),
+    "language:response_language": (
+        {"language": "de"},
+        ["Das ist ein deutscher Satz über die Stadt.", "123 456"],  # nothing to detect a language by counts as right
+        ["This is an English sentence about the weather."],
+    ),
+    "content:words_from_set": (
+        {"words": ["cat", "dog", "owl"], "at_least": 2},
+        ["Cat, dog.", "an OWL\ncat"],
+        ["cat cat", "catdog", "dogs and cats"],
+    ),
+}
+
+
+def test_every_constraint_has_a_case():
+    assert set(CASES) == set(CONSTRAINTS) and len(CONSTRAINTS) >= 9
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_constraint(name):
+    kwargs, right, wrong = CASES[name]
+    for text in right:
+        assert follow_strict(text, [(name, kwargs)]) == [True], text
+    for text in wrong:
+        assert follow_strict(text, [(name, kwargs)]) == [False], text
+
+
+def test_loose_variants():
+    lower = [("change_case:english_lowercase", {})]
+    assert follow_strict("Sure:\nall low", lower) == [False]
+    assert follow_loose("Sure:\nall low", lower) == [True]  # first line dropped
+    assert follow_loose("all low\nCheers", lower) == [True]  # last line dropped
+    assert follow_loose("Sure:\nall low\nCheers", lower) == [True]  # both
+    assert follow_loose("Sure:\nNot\nCheers", lower) == [False]
+    quotes = [("startend:quotation", {})]
+    assert follow_loose('**"a"**', quotes) == [True]  # asterisks dropped
+    assert follow_loose("", [("punctuation:no_comma", {})]) == [False]
+    # Each instruction may be met by another variant.
+    both = [("startend:quotation", {}), ("detectable_format:number_bullet_lists", {"num_bullets": 1})]
+    assert follow_loose('*"a"\n* b', both)[1] is True
+
+
+def test_both_formats_give_the_same_instructions():
+    old = {"func_name": "verify_bullet_points", "N": 3, "keyword_list": None, "end_phrase": "stale"}
+    new = {"instruction_id": ["detectable_format:number_bullet_lists"], "kwargs": [{"num_bullets": 3, "N": None}]}
+    wanted = [("detectable_format:number_bullet_lists", {"num_bullets": 3})]
+    for truth in (old, json.dumps(old), [json.dumps(old)], new, [new], json.dumps([new])):
+        assert parse_instructions(truth) == wanted
+    other = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [None]}
+    assert parse_instructions(other) == [("punctuation:no_comma", {})]
+    lowercase = {"func_name": "validate_lowercase", "N": None}
+    record = {"dataset": ["ifeval"], "ground_truth": [lowercase]}
+    assert [verify(record, text).score for text in ("low", "Up")] == [1.0, 0.0]
+    assert lowercase == {"func_name": "validate_lowercase", "N": None}  # not changed by use
+
+
+def test_compat_keeps_the_papers_behaviour():
+    def scores(truth, text):
+        record = {"dataset": "ifeval", "ground_truth": json.dumps(truth)}
+        return [verify(record, text, rules).score for rules in ("fixed", "tulu3-compat")]
+
+    assert scores({"func_name": "validate_placeholders", "N": 5}, "none") == [0.0, 1.0]
+    assert scores({"func_name": "validate_lowercase"}, "123") == [0.0, 1.0]
+    assert scores({"func_name": "validate_end", "end_phrase": "bye"}, "so Bye") == [1.0, 0.0]
+    assert scores({"func_name": "validate_forbidden_words", "forbidden_words": ["sun"]}, "sunny") == [1.0, 0.0]
+    assert scores({"func_name": "verify_bullet_points", "N": 1}, "**bold** text") == [0.0, 1.0]
+    assert scores({"func_name": "validate_quotation"}, '"') == [0.0, 1.0]
+
+
+def test_all_instructions_must_be_followed():
+    truth = {"instruction_id": ["punctuation:no_comma", "change_case:english_lowercase"], "kwargs": [{}, {}]}
+    record = {"dataset": "ifeval", "ground_truth": [truth]}
+    verdict = verify(record, "No comma")
+    assert verdict.score == 0.0 and "english_lowercase" in verdict.reason
+    assert verdict.metrics == {"loose": 0.0, "instruction_strict": 0.5, "instruction_loose": 0.5}
+
+
+def test_several_verifiers_give_the_mean():
+    record = {"dataset": ["gsm8k", "ifeval"], "ground_truth": ["7", {"func_name": "validate_no_commas"}]}
+    assert verify(record, "7").score == 1.0
+    assert verify(record, "7, perhaps").score == 0.5
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"dataset": "gsm8k"}, "ground_truth"),
+        ({"ground_truth": "1"}, "dataset"),
+        ({"dataset": "gsm9k", "ground_truth": "1"}, "gsm9k.*gsm8k"),
+        ({"dataset": "gsm8k", "ground_truth": "one"}, "not a number"),
+        ({"dataset": ["gsm8k", "ifeval"], "ground_truth": ["1"]}, r"as long as .dataset. \(2\)"),
+        ({"dataset": [], "ground_truth": []}, "list of names"),
+        ({"dataset": "ifeval", "ground_truth": "{"}, "not JSON"),
+        ({"dataset": "ifeval", "ground_truth": {"func_name": "nothing"}}, "nothing.*validate_end"),
+        ({"dataset": "ifeval", "ground_truth": {"instruction_id": ["a:b"], "kwargs": [{}]}}, "a:b"),
+        ({"dataset": "ifeval", "ground_truth": {"func_name": "verify_bullet_points"}}, "num_bullets"),
+        (
+            {"dataset": "ifeval", "ground_truth": {"instruction_id": ["punctuation:no_comma"], "kwargs": [{"x": 1}]}},
+            "no_comma.*x",
+        ),
+        (
+            {"dataset": "ifeval", "ground_truth": {"instruction_id": ["punctuation:no_comma"], "kwargs": [{}, {}]}},
+            "kwargs",
+        ),
+        ({"dataset": "ifeval", "ground_truth": {"other": 1}}, "func_name"),
+    ],
+)
+def test_records_that_cannot_be_verified_are_refused(record, words):
+    with pytest.raises(ValueError, match=words):
+        check_record(record)
+
+
+def test_names():
+    assert {"gsm8k", "ifeval"} <= set(verifier_names()) & set(verifier_names("tulu3-compat"))
+    check_record({"dataset": "GSM8K", "ground_truth": ["18"]})
+    with pytest.raises(ValueError, match="already"):
+        register("GSM8K")(lambda completion, truth, record: None)
+
+
+def test_response_language_of_the_old_format():
+    truth = {"func_name": "validate_response_language", "language": "de"}
+    for text, score in (("Das ist ein deutscher Satz über die Stadt.", 1), ("This is an English sentence.", 0)):
+        record = {"dataset": "ifeval", "ground_truth": truth}
+        assert verify(record, text, "fixed").score == verify(record, text, "tulu3-compat").score == score

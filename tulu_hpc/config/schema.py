@@ -1,0 +1,397 @@
+"""Typed configuration of every verb. Unknown keys are refused; the loader adds the nearest right name."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from tulu_hpc.config.architecture import Architecture
+
+
+class Section(BaseModel):
+    """Base of all configuration sections."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class RunSection(Section):
+    name: str = Field(default="run", description="Shown in logs and reports.")
+    root: str = Field(default="runs", description="Replaces `{root}` in every path of this file.")
+    dir: str | None = Field(
+        default=None,
+        description="Run directory (sft, dpo, rlvr); resumed if it holds a checkpoint. Empty: a new one under {root}.",
+    )
+    seed: int = 0
+    threads: int | None = Field(default=None, description="CPU threads per process; empty: cores / local processes.")
+    deterministic: bool = Field(default=True, description="Refuse non-deterministic kernels.")
+    distributed_timeout_minutes: float = Field(default=30.0, gt=0)
+
+
+class ModelSection(Section):
+    path: str = Field(description="Hugging Face directory: config.json, safetensors, tokenizer.")
+    architecture: Architecture | None = Field(
+        default=None,
+        description="Expected shape; checked against config.json, used by `plan` where no file is at hand.",
+    )
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    vocab_multiple: int = Field(
+        default=1, ge=1, description="Vocabulary rows are padded to a multiple of this times parallel.tensor."
+    )
+    logprob_buffer_mib: int = Field(default=256, ge=1, description="Largest buffer of logits that may exist at once.")
+    attention_strategy: Literal["repeat", "merge"] | None = Field(
+        default=None, description="Prefix attention: K/V repeated per response, or two calls merged; empty: by cost."
+    )
+
+
+class ParallelSection(Section):
+    tensor: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1)
+    virtual_pipeline: int | None = Field(default=None, ge=2, description="Model chunks per pipeline stage.")
+    context: int = Field(default=1, ge=1)
+    sequence: bool | None = Field(default=None, description="Sequence parallelism; empty: on when tensor > 1.")
+    context_split: Literal["greedy", "contiguous", "zigzag"] = "greedy"
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    account_for_embedding_in_pipeline_split: bool = False
+    account_for_loss_in_pipeline_split: bool = False
+
+    @model_validator(mode="after")
+    def _overlap(self) -> Self:
+        if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
+            raise ValueError("overlap_param_gather needs distributed_optimizer and overlap_grad_reduce")
+        return self
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.tensor > 1 if self.sequence is None else self.sequence
+
+    @property
+    def model_parallel(self) -> int:
+        """Processes of one data-parallel replica."""
+        return self.tensor * self.pipeline * self.context
+
+
+class OptimizerSection(Section):
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_grad: float = Field(default=1.0, ge=0, description="Global gradient norm; 0 switches clipping off.")
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = Field(default=0.0, ge=0, le=1, description="Share of all steps.")
+    final_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="lr at the last step / lr.")
+    gradient_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Of the gradient buffers; bfloat16 needs model.dtype bfloat16."
+    )
+
+
+class LoopSection(Section):
+    """What the training loops of all stages have in common."""
+
+    pack_rows: int = Field(default=4096, ge=1, description="Most rows of a pack; a pack is one micro-batch.")
+    prefix_sharing: bool = True
+    recompute: Literal["none", "selective", "full"] = "none"
+    log_every: int = Field(default=1, ge=1)
+    save_every: int | None = Field(default=None, ge=1, description="Steps between checkpoints; empty: only the last.")
+    keep_last: int = Field(default=2, ge=1)
+    export_hf: bool = Field(default=True, description="Write {run.dir}/hf at the end.")
+
+
+class TrainSection(LoopSection):
+    steps: int | None = Field(
+        default=None, ge=1, description="Stop after this many steps (the schedule ends there too)."
+    )
+    epochs: float | None = Field(default=None, gt=0)
+    global_batch_size: int = Field(
+        ge=1, description="Sequences (SFT) or pairs (DPO) per optimizer step, all ranks together."
+    )
+
+    @model_validator(mode="after")
+    def _length(self) -> Self:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("give train.steps or train.epochs")
+        return self
+
+
+class RlvrTrainSection(LoopSection):
+    """As `train`, without the batch size: `rlvr` has its own in prompts and samples."""
+
+    steps: int = Field(ge=1, description="Rollout steps.")
+
+
+class DataSection(Section):
+    path: list[str] = Field(min_length=1, description="JSONL or Parquet files, or Hugging Face dataset ids.")
+    max_length: int = Field(default=4096, ge=2, description="Tokens of a sequence; what is longer is cut at the end.")
+    chat_template: str = Field(default="tulu", description="`tulu`, `tokenizer` (its own), or a Jinja file.")
+    on_error: Literal["raise", "skip"] = "raise"
+    shuffle: bool = True
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _one_path(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+
+class TelemetrySection(Section):
+    tensorboard: bool = True
+    wandb: bool = False
+
+
+class SftSection(Section):
+    normalisation: Literal["sum", "token_mean"] = Field(
+        default="sum",
+        description="Sum of token losses over sum_divisor (Tulu 3), or over all trained tokens of the batch.",
+    )
+    sum_divisor: float | None = Field(default=None, gt=0, description="Empty: train.global_batch_size.")
+
+
+class DpoSection(Section):
+    kind: Literal["dpo", "dpo_norm"] = "dpo_norm"
+    beta: float = Field(default=5.0, gt=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    reference_cache: str | None = Field(
+        default=None, description="Directory of reference log-probs; empty: in run.dir."
+    )
+
+
+class RolloutSection(Section):
+    engine: Literal["embedded"] = "embedded"
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(default=2048, ge=1)
+    max_sequences: int = Field(default=256, ge=1, description="Sequences decoded together on one model replica.")
+    stop: list[str] = Field(default_factory=list, description="Strings that end a completion, beside end-of-text.")
+
+
+class VerifierSection(Section):
+    workers: int = Field(default=1, ge=1)
+    timeout_seconds: float = Field(
+        default=5.0, gt=0, description="Wall clock of one verdict; the worker is killed beyond it."
+    )
+    rules: Literal["fixed", "tulu3-compat"] = Field(
+        default="fixed", description="`tulu3-compat` scores as the code behind the paper did, its mistakes included."
+    )
+    modules: list[str] = Field(default_factory=list, description="Python modules that register further verifiers.")
+
+
+class RlvrSection(Section):
+    kind: Literal["grpo"] = "grpo"
+    prompts_per_step: int = Field(ge=1)
+    samples_per_prompt: int = Field(ge=2)
+    epochs: int = Field(default=1, ge=1, description="Passes over the samples of one step.")
+    minibatches: int = Field(default=1, ge=1, description="Optimizer steps per pass.")
+    clip_low: float = Field(default=0.2, ge=0)
+    clip_high: float = Field(default=0.2, ge=0)
+    kl_coef: float = Field(default=0.01, ge=0)
+    kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    advantage: Literal["standard", "centered"] = Field(
+        default="standard", description="(r - mean) / (std + 1e-8) of the group, or r - mean."
+    )
+    normalisation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    verification_reward: float = 10.0
+    no_eos_penalty: float = Field(
+        default=0.0, description="Reward of a completion without end-of-text; 0: it scores 0."
+    )
+
+
+class StageConfig(Section):
+    """What every training verb needs."""
+
+    run: RunSection = RunSection()
+    model: ModelSection
+    parallel: ParallelSection = ParallelSection()
+    data: DataSection
+    optimizer: OptimizerSection
+    telemetry: TelemetrySection = TelemetrySection()
+
+
+class SftConfig(StageConfig):
+    train: TrainSection
+    sft: SftSection = SftSection()
+
+
+class DpoConfig(StageConfig):
+    train: TrainSection
+    dpo: DpoSection = DpoSection()
+
+
+class RlvrConfig(StageConfig):
+    train: RlvrTrainSection
+    rlvr: RlvrSection
+    rollout: RolloutSection = RolloutSection()
+    verifier: VerifierSection = VerifierSection()
+
+
+class PreferSection(Section):
+    prompts: int | None = Field(default=None, ge=1, description="Take this many prompts; empty: all.")
+    samples_per_prompt: int = Field(default=8, ge=2)
+    output: str = Field(description="JSONL of preference records.")
+
+
+class PreferConfig(Section):
+    run: RunSection = RunSection()
+    model: ModelSection
+    parallel: ParallelSection = ParallelSection()
+    data: DataSection
+    prefer: PreferSection
+    rollout: RolloutSection = RolloutSection()
+    verifier: VerifierSection = VerifierSection()
+
+
+class EvalTaskSection(Section):
+    name: str = Field(description="Key of the score in reports.")
+    task: str = Field(description="Task of the suite's registry, e.g. gsm8k, ifeval.")
+    path: str = Field(description="JSONL in the task's public schema.")
+    limit: int | None = Field(default=None, ge=1)
+    few_shot: int = Field(default=0, ge=0)
+    few_shot_path: str | None = None
+    prompting: Literal["chat", "multiturn", "completion"] = "chat"
+
+
+class EvalSection(Section):
+    dev: list[EvalTaskSection] = Field(default_factory=list)
+    unseen: list[EvalTaskSection] = Field(default_factory=list)
+    draws: int = Field(
+        default=2, ge=0, description="Sampled answers per prompt at rollout.temperature; 0: greedy only."
+    )
+    greedy: bool = True
+    bootstrap_samples: int = Field(default=1000, ge=100)
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    keep_completions: int = Field(default=8, ge=0, description="Completions per task kept in the result file.")
+    chat_template: str = "tulu"
+    output: str = Field(description="Directory of the result files.")
+
+
+class EvalConfig(Section):
+    run: RunSection = RunSection()
+    model: ModelSection
+    parallel: ParallelSection = ParallelSection()
+    eval: EvalSection
+    rollout: RolloutSection = RolloutSection()
+    verifier: VerifierSection = VerifierSection()
+
+
+class MixSource(Section):
+    name: str
+    path: str
+    count: int | None = Field(default=None, ge=1, description="Rows to take.")
+    fraction: float | None = Field(default=None, gt=0, description="Share of the source's rows; above 1 repeats rows.")
+
+
+class MixSection(Section):
+    sources: list[MixSource] = Field(min_length=1)
+    output: str
+    kind: Literal["sft", "preference", "rlvr"] = "sft"
+    on_error: Literal["raise", "skip"] = "raise"
+
+
+class MixConfig(Section):
+    run: RunSection = RunSection()
+    mix: MixSection
+
+
+class EvalPrompts(Section):
+    name: str
+    path: str
+    fields: list[str] = Field(
+        min_length=1, description="Fields whose scores are averaged (question; passage, question; ...)."
+    )
+    unseen: bool = False
+
+
+class CleanSource(Section):
+    name: str = Field(description="Of the cleaned file: {output}/NAME.jsonl.")
+    path: str
+
+
+class DecontaminateSection(Section):
+    train: list[CleanSource] = Field(min_length=1, description="Sources to clean.")
+    evals: list[EvalPrompts] = Field(min_length=1)
+    ngram: int = Field(default=8, ge=1)
+    match_threshold: float = Field(default=0.5, gt=0, le=1, description="Share of a test instance's tokens.")
+    contamination_threshold: float = Field(default=0.02, ge=0, le=1, description="Share of an eval's instances.")
+    action: Literal["report", "drop_rows", "paper"] = Field(
+        default="paper",
+        description="`paper`: drop a contaminated set if the eval is unseen, else its matching rows; "
+        "`drop_rows`: rows only.",
+    )
+    output: str = Field(description="Directory of cleaned sources and report.json.")
+    planted: str | None = Field(
+        default=None, description="leaks.json of `data synthesize`: the report then gives recall and false drops."
+    )
+
+
+class DecontaminateConfig(Section):
+    run: RunSection = RunSection()
+    decontaminate: DecontaminateSection
+
+
+class SyntheticSection(Section):
+    """Sizes of the quickstart's generated data."""
+
+    output: str
+    sft_math: int = Field(ge=1)
+    sft_instructions: int = Field(ge=1)
+    preference_prompts: int = Field(ge=1)
+    rlvr_prompts: int = Field(ge=1)
+    eval_rows: int = Field(default=256, ge=8)
+    leaks: int = Field(default=24, ge=0, description="Evaluation prompts planted in the training sources.")
+    show_working: float = Field(default=0.4, ge=0, le=1, description="Share of demonstrations that show their working.")
+    follow_constraint: float = Field(default=0.5, ge=0, le=1)
+
+
+class SyntheticConfig(Section):
+    run: RunSection = RunSection()
+    synthetic: SyntheticSection
+
+
+class TokenizerSection(Section):
+    texts: list[str] = Field(min_length=1, description="Record files to learn from.")
+    vocab_size: int = Field(default=768, ge=256)
+    kind: Literal["sft", "preference", "rlvr"] = "sft"
+
+
+class InitialiseSection(Section):
+    output: str
+    embedding_std: float = Field(default=0.02, gt=0)
+    linear_std: float = Field(default=0.02, gt=0)
+    scale_residual_outputs: bool = Field(default=True, description="Divide o_proj and down_proj by sqrt(2 layers).")
+
+
+class InitialiseConfig(Section):
+    """A tokenizer and a random Llama in Hugging Face format; `vocab_size` comes from the tokenizer."""
+
+    run: RunSection = RunSection()
+    tokenizer: TokenizerSection
+    architecture: Architecture
+    initialise: InitialiseSection
+
+
+class RecipeStep(Section):
+    name: str
+    verb: str = Field(description="Verb of the command line, e.g. `sft` or `data mix`.")
+    config: str
+    processes: int = Field(default=1, ge=1)
+    overrides: dict[str, object] = Field(default_factory=dict)
+
+
+class ReportSection(Section):
+    title: str
+    evals: dict[str, str] = Field(default_factory=dict, description="Stage name -> directory of its evaluation.")
+    runs: dict[str, str] = Field(default_factory=dict, description="Stage name -> run directory, for curves.")
+    decontamination: str | None = None
+    preference: str | None = None
+    notes: list[str] = Field(default_factory=list)
+    output: str = "{root}/report.html"
+
+
+class RecipeConfig(Section):
+    run: RunSection = RunSection()
+    steps: list[RecipeStep] = Field(min_length=1)
+    overrides: dict[str, dict[str, object]] = Field(
+        default_factory=dict,
+        description="Step name -> keys of its configuration, e.g. `overrides.sft.train.steps=100`.",
+    )
+    report: ReportSection

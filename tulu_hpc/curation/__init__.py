@@ -1,0 +1,1 @@
+"""Making and cleaning training data: decontamination, preference pairs, synthetic sets."""

@@ -1,0 +1,1 @@
+"""A small world of problems with checkable answers: the quickstart's data."""

@@ -1,0 +1,256 @@
+"""The resumable loader: global batches from a seeded stream of epochs, dealt to data-parallel ranks and packed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tulu_hpc.data.packed_batch import Item, PackedBatch, pack, rows_of
+from tulu_hpc.data.packing import best_fit
+
+
+@dataclass
+class StepData:
+    """One optimizer step on one data-parallel rank.
+
+    Attributes:
+        packs: this rank's packs, at least one (an empty one when no item was left for the rank).
+        item_ids: ids of the whole global batch, all ranks, in stream order.
+        num_items_global: items of the whole global batch.
+    """
+
+    packs: list[PackedBatch]
+    item_ids: list[str]
+    num_items_global: int
+
+
+def split_group(item: Item, capacity: int, *, share: bool = True) -> list[Item]:
+    """Cut a group into parts of at most `capacity` rows, each with the prompt; anything that fits is returned whole.
+
+    Raises:
+        ValueError: naming the item, if it is not a group or if one response with the prompt is already too long.
+    """
+    rows = rows_of(item, share)
+    if rows <= capacity:
+        return [item]
+    where = f"item {item.id!r}" + (f" of {item.source}" if item.source else "")
+    if item.kind != "group":
+        raise ValueError(
+            f"{where}: a {item.kind} of {rows} rows does not fit into a pack of {capacity}; "
+            "raise train.pack_rows or lower data.max_length"
+        )
+    parts: list[list[int]] = []
+    for index in range(len(item.responses)):
+        if rows_of(_members(item, [index]), share) > capacity:
+            raise ValueError(
+                f"{where}: response {index} with its prompt has {rows_of(_members(item, [index]), share)} rows, "
+                f"a pack holds {capacity}; raise train.pack_rows"
+            )
+        if parts and rows_of(_members(item, [*parts[-1], index]), share) <= capacity:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return [_members(item, part) for part in parts]
+
+
+def _members(item: Item, indices: list[int]) -> Item:
+    return replace(
+        item,
+        responses=[item.responses[i] for i in indices],
+        per_sequence={name: [column[i] for i in indices] for name, column in item.per_sequence.items()},
+        per_target={name: [column[i] for i in indices] for name, column in item.per_target.items()},
+    )
+
+
+def pack_items(
+    items: Sequence[Item], *, capacity: int, multiple: int = 1, share: bool = True, pad_id: int = 0
+) -> list[PackedBatch]:
+    """Pack items best-fit, in a deterministic order; a group that is too long is split over packs.
+
+    Args:
+        capacity: most rows of a pack, padding included.
+        multiple, share, pad_id: as in `pack`.
+
+    Raises:
+        ValueError: naming a pair, a sequence or a single response that does not fit, or when `capacity < multiple`.
+    """
+    capacity = _usable(capacity, multiple)
+    parts = [part for item in items for part in split_group(item, capacity, share=share)]
+    bins = best_fit([rows_of(part, share) for part in parts], capacity)
+    return [pack([parts[i] for i in members], share=share, multiple=multiple, pad_id=pad_id) for members in bins]
+
+
+def _usable(capacity: int, multiple: int) -> int:
+    """Rows that may hold tokens, so that a padded pack never exceeds `capacity`."""
+    if capacity < multiple:
+        raise ValueError(f"a pack of {capacity} rows cannot be padded to a multiple of {multiple}")
+    return capacity // multiple * multiple
+
+
+def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Give items to ranks so that rows are balanced: largest first, each to the rank with the fewest rows."""
+    load = [(0, rank) for rank in range(ranks)]
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        rows, rank = min(load)
+        hands[rank].append(index)
+        load[rank] = (rows + sizes[index], rank)
+    return [sorted(hand) for hand in hands]
+
+
+class ItemLoader:
+    """An endless stream of epochs (each a seeded permutation of all items), cut into global batches.
+
+    A step takes the next `global_batch_size` items of the stream, whatever the parallel layout; these are dealt to the
+    data-parallel ranks by rows and packed best-fit per rank. The position counts items of the stream, so a run may
+    be resumed with another number of ranks and sees the same batches.
+
+    Args:
+        items: the whole data set, the same on every rank.
+        global_batch_size: items per step, all ranks together.
+        seed: of the permutations.
+        epochs: length of the run in passes over the data; the last step takes what is left.
+        steps: length of the run in steps; with `epochs` given too, the shorter one counts.
+        shuffle: False keeps the order of `items` in every epoch.
+        dp_rank, dp_size: this rank's place among the data-parallel ranks.
+        pack_rows: most rows of a pack, padding included.
+        multiple, share, pad_id: as in `pack`.
+        packs_multiple: fill up with empty packs to a multiple of it (an interleaved pipeline schedule needs that).
+
+    Raises:
+        ValueError: no items, no length, or an item that fits into no pack (naming its id).
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        *,
+        global_batch_size: int,
+        seed: int,
+        epochs: float | None = None,
+        steps: int | None = None,
+        shuffle: bool = True,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        pack_rows: int = 4096,
+        multiple: int = 1,
+        share: bool = True,
+        pad_id: int = 0,
+        packs_multiple: int = 1,
+    ) -> None:
+        if not items:
+            raise ValueError("the data set is empty: there is nothing to train on")
+        if global_batch_size < 1:
+            raise ValueError(f"global_batch_size is {global_batch_size}, need at least 1")
+        if not 0 <= dp_rank < dp_size:
+            raise ValueError(f"dp_rank {dp_rank} is not in 0..{dp_size - 1}")
+        if epochs is None and steps is None:
+            raise ValueError("give epochs or steps")
+        self._items = items
+        self._batch = global_batch_size
+        self._seed = seed
+        self._shuffle = shuffle
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._capacity = _usable(pack_rows, multiple)
+        self._multiple, self._share, self._pad_id = multiple, share, pad_id
+        self._packs_multiple = packs_multiple
+        self._check_sizes()
+        self._end = math.inf if epochs is None else max(1, round(epochs * len(items)))
+        limits = [] if steps is None else [steps]
+        if epochs is not None:
+            limits.append(math.ceil(self._end / global_batch_size))
+        self._num_steps = min(limits)
+        self._step = 0
+        self._position = 0
+        self._epoch = -1
+        self._order: list[int] = []
+        self._fingerprint = _fingerprint(items)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run, those already taken included."""
+        return self._num_steps
+
+    @property
+    def step(self) -> int:
+        """Steps taken so far."""
+        return self._step
+
+    def next_step(self) -> StepData:
+        """The next global batch, as this rank's packs.
+
+        Raises:
+            RuntimeError: all `num_steps` steps have been taken.
+        """
+        if self._step >= self._num_steps:
+            raise RuntimeError(f"the loader has no step beyond {self._num_steps}")
+        count = int(min(self._batch, self._end - self._position))
+        batch = [self._items[self._index(self._position + i)] for i in range(count)]
+        parts = [part for item in batch for part in split_group(item, self._capacity, share=self._share)]
+        hands = deal([rows_of(part, self._share) for part in parts], self._dp_size)
+        mine = [parts[i] for i in hands[self._dp_rank]]
+        packs = pack_items(
+            mine, capacity=self._capacity, multiple=self._multiple, share=self._share, pad_id=self._pad_id
+        )
+        while not packs or len(packs) % self._packs_multiple:
+            packs.append(pack([], multiple=self._multiple, pad_id=self._pad_id))
+        self._position += count
+        self._step += 1
+        return StepData(packs=packs, item_ids=[item.id for item in batch], num_items_global=count)
+
+    def __iter__(self) -> Iterator[StepData]:
+        while self._step < self._num_steps:
+            yield self.next_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values that `load_state_dict` continues from; the same on every rank and for every layout."""
+        return {
+            "step": self._step,
+            "position": self._position,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "num_items": len(self._items),
+            "fingerprint": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            ValueError: the seed, the shuffling or the data differ from those of the saved run.
+        """
+        for key, mine in self.state_dict().items():
+            if key not in ("step", "position") and state.get(key) != mine:
+                raise ValueError(f"cannot resume the data: {key} was {state.get(key)!r}, is now {mine!r}")
+        self._step, self._position = int(state["step"]), int(state["position"])
+
+    def _index(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self._items))
+        if not self._shuffle:
+            return offset
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(_epoch_seed(self._seed, epoch))
+            self._order, self._epoch = torch.randperm(len(self._items), generator=generator).tolist(), epoch
+        return self._order[offset]
+
+    def _check_sizes(self) -> None:
+        """Find items that fit into no pack before the run starts, not in the middle of it."""
+        for item in self._items:
+            split_group(item, self._capacity, share=self._share)
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _fingerprint(items: Sequence[Item]) -> str:
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(item.id.encode() + b"\n")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""What `tulu-hpc doctor` and `tulu-hpc bench` call."""

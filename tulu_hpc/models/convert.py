@@ -1,0 +1,222 @@
+"""Streaming import and export of Hugging Face Llama directories at any tensor- and pipeline-parallel degree.
+
+Import: every rank reads from the files only the slices that it holds. Export: one tensor at a time travels to global
+rank 0. Both are exact: export of an import in the same dtype gives the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+
+from tulu_hpc.config.architecture import Architecture
+from tulu_hpc.models.build import check_layout, unwrap
+from tulu_hpc.models.llama import Llama
+from tulu_hpc.models.names import HEAD, IGNORED, Mapping, hf_shapes, mapping, merge_shards, read_local
+from tulu_hpc.models.safetensors_files import HfDirectory, published, write_shards
+from tulu_hpc.parallel.layout import Groups
+
+# What belongs to a model directory beside weights and config.json.
+_COPIED = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+
+
+@torch.no_grad()
+def load_hf(chunks: Sequence[torch.nn.Module], path: str | Path, architecture: Architecture, groups: Groups) -> None:
+    """Fill the model chunks of this rank from a Hugging Face directory; vocabulary padding becomes zero.
+
+    Args:
+        chunks: from `build_model` (wrapped by megatron or not).
+        path: directory with safetensors.
+
+    Raises:
+        ValueError: a missing, unexpected or differently shaped tensor, named with the directory.
+    """
+    check_layout(architecture, groups.layout)
+    directory = HfDirectory(path)
+    _check_tensors(directory, architecture)
+    for name, parameter, mapped in _parameters(chunks, architecture):
+        local = read_local(mapped, directory.read, parameter.shape, groups.tp_rank, groups.tp_size, architecture)
+        if local.shape != parameter.shape:
+            raise ValueError(f"{path}: {name} assembled as {tuple(local.shape)}, wanted {tuple(parameter.shape)}")
+        parameter.copy_(local)
+    directory.close()
+
+
+def _check_tensors(directory: HfDirectory, architecture: Architecture) -> None:
+    shapes = hf_shapes(architecture)
+    found = {name for name in directory.file_of if not IGNORED.match(name)}
+    if architecture.tie_word_embeddings:
+        found.discard(HEAD)  # a copy of the embedding that some exporters write
+    missing, unexpected = sorted(shapes.keys() - found), sorted(found - shapes.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{directory.path}: does not hold the model that its config describes; "
+            f"missing {missing[:5] or 'nothing'}, unexpected {unexpected[:5] or 'nothing'}"
+        )
+    for name, shape in shapes.items():
+        if directory.shape(name) != shape:
+            raise ValueError(f"{directory.path}: {name} has shape {directory.shape(name)}, config.json says {shape}")
+
+
+def _parameters(
+    chunks: Sequence[torch.nn.Module], architecture: Architecture
+) -> Iterator[tuple[str, torch.nn.Parameter, Mapping]]:
+    """Parameters of this rank with their Hugging Face mapping."""
+    for chunk in chunks:
+        model: Llama = unwrap(chunk)
+        layers = model.decoder.layers
+        offset = layers[0].layer_number - 1 if len(layers) else 0
+        for name, parameter in model.named_parameters():
+            yield name, parameter, mapping(name, offset, architecture)
+
+
+def iter_hf_tensors(
+    chunks: Sequence[torch.nn.Module], architecture: Architecture, groups: Groups
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Stream the whole model under its Hugging Face names, in the order of `names.hf_shapes`.
+
+    Collective: every rank of the job must exhaust the iterator. Only the replica that global rank 0 belongs to
+    communicates.
+
+    Yields:
+        (name, tensor) with the tensor on the CPU, in the parameters' dtype, on global rank 0; None on all other ranks.
+    """
+    mine: dict[tuple[int, int], tuple[Tensor, Mapping]] = {}
+    for _name, parameter, mapped in _parameters(chunks, architecture):
+        tied_copy = architecture.tie_word_embeddings and mapped.order == (architecture.num_hidden_layers, 1)
+        if not tied_copy:
+            mine[mapped.order] = (parameter.detach(), mapped)
+    in_replica = groups.dp_rank == 0 and groups.cp_rank == 0
+    description = [(order, tuple(p.shape), p.dtype, mapped) for order, (p, mapped) in mine.items()]
+    stages: list[Any] = [None] * groups.pp_size
+    if groups.pp_size > 1:
+        dist.all_gather_object(stages, description, group=groups.pg.pp)
+    else:
+        stages[0] = description
+    every = sorted((entry[0], stage, entry[1:]) for stage, entries in enumerate(stages) for entry in entries)
+    for order, stage, (shape, dtype, mapped) in every:
+        tensors: list[Tensor] | None = None
+        if in_replica:
+            local = mine[order][0] if stage == groups.pp_rank else None
+            tensors = _collect(local, stage, shape, dtype, mapped, architecture, groups)
+        for index, name in enumerate(mapped.hf_names):
+            yield name, None if tensors is None else tensors[index]
+
+
+def _collect(
+    local: Tensor | None,
+    stage: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    mapped: Mapping,
+    architecture: Architecture,
+    groups: Groups,
+) -> list[Tensor] | None:
+    """Bring one parameter from pipeline stage `stage` to global rank 0, as Hugging Face tensors on the CPU."""
+    size = groups.tp_size if mapped.kind != "whole" else 1
+    device = local.device if local is not None else None
+    shards: list[Tensor] | None = None
+    if local is not None:
+        local = local.contiguous()
+        if size == 1:
+            shards = [local]
+        else:
+            first = groups.tp_rank == 0
+            shards = [torch.empty_like(local) for _ in range(size)] if first else None
+            dist.gather(local, shards, dist.get_global_rank(groups.pg.tp, 0), group=groups.pg.tp)
+    if groups.tp_rank != 0:
+        return None
+    if stage != 0:
+        pipeline = groups.pg.pp
+        if local is not None:
+            for shard in shards or []:
+                dist.send(shard, dist.get_global_rank(pipeline, 0), group=pipeline)
+            return None
+        if groups.pp_rank != 0:
+            return None
+        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
+        shards = [torch.empty(shape, dtype=dtype, device=device) for _ in range(size)]
+        for shard in shards:
+            dist.recv(shard, dist.get_global_rank(pipeline, stage), group=pipeline)
+    if groups.pp_rank != 0 or shards is None:
+        return None
+    return [tensor.cpu() for tensor in merge_shards(mapped, shards, architecture)]
+
+
+def save_hf(
+    chunks: Sequence[torch.nn.Module],
+    path: str | Path,
+    architecture: Architecture,
+    groups: Groups,
+    *,
+    source: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = 5e9,
+    chat_template: str | None = None,
+) -> None:
+    """Write the model as a Hugging Face directory that transformers and inference engines load.
+
+    Collective over the whole job; global rank 0 writes. The directory appears, or replaces an older one, only when it
+    is complete.
+
+    Args:
+        source: directory whose tokenizer, chat template and generation settings are copied.
+        dtype: of the written weights; None: that of the parameters.
+        max_shard_bytes: largest file, unless one tensor is larger.
+        chat_template: Jinja text that takes the place of the source's; None: that of the source.
+
+    Raises:
+        RuntimeError: on every rank, when rank 0 could not write.
+    """
+    dtype = dtype or next(unwrap(chunks[0]).parameters()).dtype
+    stream = iter_hf_tensors(chunks, architecture, groups)
+    failure = None
+    if groups.is_main:
+        try:
+            with published(Path(path)) as staging:
+                whole = ((name, tensor) for name, tensor in stream if tensor is not None)
+                write_shards(whole, staging, hf_shapes(architecture), dtype, max_shard_bytes)
+                write_config(staging, architecture, dtype, source=Path(source))
+                copy_companions(Path(source), staging)
+                if chat_template is not None:
+                    (staging / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        except (OSError, SafetensorError, ValueError) as error:
+            failure = f"{path}: export failed: {error}"
+    for _ in stream:  # on other ranks the whole stream; on rank 0 what a failed write left, so that nobody waits
+        pass
+    failure = groups.broadcast_object(failure)
+    if failure:
+        raise RuntimeError(failure)
+
+
+def write_config(directory: Path, architecture: Architecture, dtype: torch.dtype, source: Path | None = None) -> None:
+    """Write `config.json`; special token ids are taken over from the source's where it has them."""
+    config: dict[str, Any] = {}
+    original = source / "config.json" if source is not None else None
+    if original is not None and original.is_file():
+        raw = json.loads(original.read_text())
+        config = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw}
+    config.update(architecture.to_hf())
+    config.update(
+        architectures=["LlamaForCausalLM"], model_type="llama", dtype=str(dtype).removeprefix("torch."), use_cache=True
+    )
+    config["torch_dtype"] = config["dtype"]  # the name of the key before transformers 5
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copy tokenizer files, chat template and generation settings; what the source lacks is not missed."""
+    for name in _COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)

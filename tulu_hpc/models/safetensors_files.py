@@ -1,0 +1,141 @@
+"""Hugging Face safetensors directories: reading slices, writing shards, replacing a directory in one step."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class HfDirectory:
+    """Read access to the tensors of a directory; files are opened when first needed and closed by `close`.
+
+    Raises:
+        ValueError: no safetensors there, or an index that names a missing file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._open: dict[str, Any] = {}
+        self.file_of = self._locate()
+
+    def _locate(self) -> dict[str, str]:
+        index = self.path / INDEX
+        if index.is_file():
+            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            missing = sorted({name for name in weight_map.values() if not (self.path / name).is_file()})
+            if missing:
+                raise ValueError(f"{index}: names files that do not exist: {', '.join(missing)}")
+            return weight_map
+        if (self.path / SINGLE).is_file():
+            return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+        raise ValueError(f"{self.path}: neither {SINGLE} nor {INDEX} found; only safetensors are read")
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(str(self.path / name), framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{self.path / name}: not a readable safetensors file: {error}") from error
+        return self._open[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return tuple(self._file(self.file_of[name]).get_slice(name).get_shape())
+
+    def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
+        """Part of a tensor; only that part is read from the file."""
+        return self._file(self.file_of[name]).get_slice(name)[slices]
+
+    def close(self) -> None:
+        self._open.clear()
+
+
+def plan_shards(
+    shapes: Mapping[str, tuple[int, ...]], bytes_per_element: int, max_shard_bytes: float
+) -> list[list[str]]:
+    """Names per file, in order; a tensor larger than `max_shard_bytes` has a file of its own."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, shape in shapes.items():
+        size = int(torch.Size(shape).numel()) * bytes_per_element
+        if shards[-1] and used + size > max_shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def write_shards(
+    tensors: Iterable[tuple[str, Tensor]],
+    directory: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    max_shard_bytes: float,
+) -> None:
+    """Write a stream of tensors as Hugging Face shards with their index; holds one shard in memory.
+
+    Args:
+        tensors: (name, tensor on the CPU), in the order of `shapes`.
+
+    Raises:
+        ValueError: a tensor out of order or of another shape.
+    """
+    shards = plan_shards(shapes, dtype.itemsize, max_shard_bytes)
+    files = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    )
+    stream = iter(tensors)
+    for file, names in zip(files, shards, strict=True):
+        held: dict[str, Tensor] = {}
+        for wanted in names:
+            name, tensor = next(stream, ("nothing", torch.empty(0)))
+            if name != wanted or tuple(tensor.shape) != tuple(shapes[wanted]):
+                raise ValueError(f"expected {wanted} {shapes[wanted]}, got {name} {tuple(tensor.shape)}")
+            held[name] = tensor.to(dtype).contiguous()
+        save_file(held, str(directory / file), metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(int(torch.Size(shape).numel()) for shape in shapes.values()) * dtype.itemsize
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+        (directory / INDEX).write_text(text + "\n")
+
+
+@contextmanager
+def published(target: Path) -> Iterator[Path]:
+    """A fresh directory beside `target` that takes its place when the block ends without an error.
+
+    A reader sees the old directory or the whole new one. Leftovers of a killed writer are removed at the next attempt.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".{target.name}.writing")
+    previous = target.with_name(f".{target.name}.previous")
+    for leftover in (staging, previous):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    staging.mkdir()
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    if target.exists():
+        os.rename(target, previous)
+    os.rename(staging, target)
+    if previous.exists():
+        shutil.rmtree(previous)

@@ -1,0 +1,135 @@
+"""The table that `tulu-hpc plan` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tulu_hpc.config.architecture import Architecture
+from tulu_hpc.config.loader import ConfigError
+from tulu_hpc.config.schema import RlvrConfig
+from tulu_hpc.config.verbs import TrainingConfig
+from tulu_hpc.parallel.layout import LayoutError, layout_of
+from tulu_hpc.planner.hardware import GIB, RESERVED_BYTES, Gpu, find_gpu
+from tulu_hpc.planner.memory import StageMemory, Workload, plan_memory
+
+
+def workload(config: TrainingConfig, gpus: int | None = None) -> Workload:
+    """What a configuration asks of `gpus` ranks (None: one replica).
+
+    Raises:
+        ConfigError: the shape of the model is known from neither `model.architecture` nor `model.path`.
+        LayoutError: the ranks cannot hold whole replicas.
+    """
+    architecture = config.model.architecture
+    if architecture is None:
+        try:
+            architecture = Architecture.from_hf(config.model.path)
+        except ValueError as error:
+            raise ConfigError(f"model.architecture is not given, and {error}") from error
+    layout = layout_of(config.parallel)
+    copies = cache = 0
+    if isinstance(config, RlvrConfig):
+        copies = int(config.rlvr.kl_coef > 0)
+        rollout = config.rollout
+        cache = rollout.max_sequences * (config.data.max_length + rollout.max_new_tokens)
+    return Workload(
+        architecture=architecture,
+        layout=layout,
+        data=layout.data(gpus if gpus is not None else layout.model_parallel),
+        rows=config.train.pack_rows,
+        dtype_bytes=4 if config.model.dtype == "float32" else 2,
+        gradient_bytes=4 if config.optimizer.gradient_dtype == "float32" else 2,
+        distributed_optimizer=config.parallel.distributed_optimizer,
+        recompute=config.train.recompute,
+        vocab_multiple=config.model.vocab_multiple,
+        logprob_buffer_bytes=config.model.logprob_buffer_mib * 2**20,
+        resident_copies=copies,
+        cache_tokens=cache,
+    )
+
+
+def plan_text(config: TrainingConfig, *, gpu: str = "h100", gpus: int | None = None) -> tuple[str, bool]:
+    """The whole text, and whether the run fits."""
+    work = workload(config, gpus)
+    device = find_gpu(gpu)
+    layout, stages = work.layout, plan_memory(work)
+    worst = max(stages, key=lambda stage: stage.total)
+    ranks = layout.model_parallel * work.data
+    lines = [
+        f"{config.run.name}: {work.architecture.parameter_count():,} parameters on {ranks} x {device.name}: "
+        f"tensor {layout.tensor}{' (sequence)' if layout.sequence_parallel else ''}, pipeline {layout.pipeline}"
+        f"{f' x {layout.virtual_pipeline} chunks' if layout.virtual_pipeline else ''}, context {layout.context}, "
+        f"data {work.data}; packs of {work.rows} rows, recompute {work.recompute}",
+        "",
+        *_table(stages, worst),
+        "",
+    ]
+    fits = worst.total + RESERVED_BYTES <= device.memory_bytes
+    lines += _verdict(work, worst, device, fits)
+    return "\n".join(lines), fits
+
+
+def _table(stages: list[StageMemory], worst: StageMemory) -> list[str]:
+    """One row per kind of stage: the first, the worst, the last; GiB per rank."""
+    names = [name for name in worst.terms() if any(stage.terms()[name] for stage in stages)]
+    heads = ["stage", "layers", "in flight", *names, "total"]
+    shown = sorted({0, worst.stage, len(stages) - 1})
+    rows = [heads]
+    for stage in (stages[index] for index in shown):
+        cells = [f"{value / GIB:.1f}" for name, value in stage.terms().items() if name in names]
+        mark = " *" if stage is worst and len(stages) > 1 else ""
+        rows.append(
+            [
+                f"{stage.stage}{mark}",
+                str(sum(stage.layers)),
+                f"{stage.in_flight:.3g}",
+                *cells,
+                f"{stage.total / GIB:.1f}",
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows] + [
+        "GiB per rank"
+        + ("; * the worst stage" if len(stages) > 1 else "")
+        + ("; the cache lives while nothing is trained, so the larger of it and activations + logits counts"
+           if "kv cache" in names else "")
+    ]  # fmt: skip
+
+
+def _verdict(work: Workload, worst: StageMemory, device: Gpu, fits: bool) -> list[str]:
+    need, have = (worst.total + RESERVED_BYTES) / GIB, device.memory_bytes / GIB
+    reserved = f"{RESERVED_BYTES / GIB:.0f} GiB for CUDA, NCCL and fragmentation"
+    sentence = f"{worst.total / GIB:.1f} GiB + {reserved} = {need:.1f} GiB"
+    if fits:
+        return [f"fits: {sentence} of {have:.1f} GiB"]
+    name, largest = max(worst.terms().items(), key=lambda term: term[1])
+    lines = [
+        f"does not fit: {sentence}, {need - have:.1f} GiB more than the {have:.1f} GiB of {device.name}",
+        f"largest term: {name} with {largest / GIB:.1f} GiB (stage {worst.stage})",
+    ]
+    for change, other in _alternatives(work):
+        try:
+            total = max(stage.total for stage in plan_memory(other)) + RESERVED_BYTES
+        except LayoutError:
+            continue
+        if total <= device.memory_bytes:
+            lines.append(f"would fit: {change} ({total / GIB:.1f} GiB)")
+    if len(lines) == 2:
+        lines.append("no single change of recompute, tensor, pipeline, context, data or pack_rows makes it fit")
+    return lines
+
+
+def _alternatives(work: Workload) -> Iterator[tuple[str, Workload]]:
+    layout = work.layout
+    if work.recompute != "full":
+        yield "train.recompute=full", replace(work, recompute="full")
+    if work.dtype_bytes == 2 and work.gradient_bytes == 4:
+        yield "optimizer.gradient_dtype=bfloat16", replace(work, gradient_bytes=2)
+    yield f"train.pack_rows={work.rows // 2}", replace(work, rows=work.rows // 2)
+    for name in ("tensor", "pipeline", "context"):
+        degree = 2 * getattr(layout, name)
+        options = {name: degree, **({"sequence": True} if name == "tensor" else {})}
+        yield f"parallel.{name}={degree}, with twice the GPUs", replace(work, layout=replace(layout, **options))
+    gpus = 2 * work.data * layout.model_parallel
+    yield f"--gpus {gpus} (data {2 * work.data})", replace(work, data=2 * work.data)

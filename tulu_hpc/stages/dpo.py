@@ -1,0 +1,85 @@
+"""Direct preference optimisation (dpo, dpo_norm) against the model it starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tulu_hpc.config.schema import DpoConfig
+from tulu_hpc.data.loader import StepData
+from tulu_hpc.data.packed_batch import Item
+from tulu_hpc.models.llama import TokenLogprobs
+from tulu_hpc.objectives.preference import preference_terms
+from tulu_hpc.objectives.terms import Terms, own_targets, sequence_lengths
+from tulu_hpc.parallel.context import RankBatch
+from tulu_hpc.stages import training_run
+from tulu_hpc.stages.training_run import Run
+from tulu_hpc.training import reference
+from tulu_hpc.training.runner import LossFn
+from tulu_hpc.training.trainer import Trainer
+
+# (absolute, relative) difference allowed between a cached log-prob and its recomputation by another layout or kernel:
+# rounding in fp32; in bf16 about 0.05 per token, of both signs, over a few hundred tokens.
+TOLERANCE = {"float32": (1e-3, 1e-4), "bfloat16": (2.0, 2e-2)}
+
+
+def run(config: DpoConfig) -> Path:
+    """Train on the pairs of `data.path`; return the run directory.
+
+    The reference is the model at `model.path`. Its log-probs are computed (or found in the cache and checked) before
+    the first step, and then it is not needed again. Resuming is as in SFT.
+
+    Raises:
+        ConfigError, RecordError, LayoutError: naming the key, file, line or rank.
+        ReferenceError: cached log-probs are not those of this reference model.
+        Preempted: the run was asked to stop; its state is saved.
+    """
+    run = training_run.open_run(config, "dpo")
+    if run.finished:
+        return run.already_finished()
+    items, pad_id = training_run.load_items(run, "preference")
+    # Also refuses a pair that fits into no pack, before any work is done.
+    steps = training_run.make_loader(run, items, pad_id=pad_id).num_steps
+    trainer = training_run.make_trainer(run, total_steps=steps)
+    loader = training_run.make_loader(run, add_reference(run, config, trainer, items, pad_id), pad_id=pad_id)
+    training_run.resume(run, trainer, loader)
+    training_run.fit(run, trainer, loader, lambda data: batch_loss(run, config, data))
+    return training_run.finish(run, trainer)
+
+
+def add_reference(run: Run, config: DpoConfig, trainer: Trainer, items: list[Item], pad_id: int) -> list[Item]:
+    """The pairs with the log-probs of the model as it was loaded."""
+    directory = Path(config.dpo.reference_cache or run.directory.root / "reference")
+    with run.progress("reference log-probs", len(items)) as progress:
+        return reference.attach_reference(
+            items,
+            trainer.runner,
+            directory=directory,
+            fingerprint=reference.weights_fingerprint(Path(config.model.path), run.groups, dtype=config.model.dtype),
+            options=reference.PackOptions(config.train.pack_rows, config.train.prefix_sharing, pad_id),
+            tolerance=TOLERANCE[config.model.dtype],
+            seed=config.run.seed,
+            on_progress=lambda done: progress.update(done),
+        )
+
+
+def batch_loss(run: Run, config: DpoConfig, data: StepData) -> LossFn:
+    """The loss of one global batch: the mean over its pairs."""
+    group = run.groups.pg.cp if run.groups.cp_size > 1 else None
+
+    def loss(output: TokenLogprobs, batch: RankBatch) -> Terms:
+        pack = batch.batch
+        none_Q = output.logprobs_K.new_zeros(pack.num_sequences)  # an empty pack has no columns
+        return preference_terms(
+            output.logprobs_K,
+            sequence_id_K=own_targets(pack.sequence_id_K, batch),
+            pairs_P2=pack.pairs_P2,
+            reference_sums_Q=pack.per_sequence.get(reference.COLUMN, none_Q),
+            lengths_Q=sequence_lengths(pack.sequence_id_K, pack.num_sequences),
+            global_pairs=data.num_items_global,
+            kind=config.dpo.kind,
+            beta=config.dpo.beta,
+            label_smoothing=config.dpo.label_smoothing,
+            cp_group=group,
+        )
+
+    return loss

@@ -1,0 +1,51 @@
+"""Mixing sources into one training set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tulu_hpc.config.loader import ConfigError
+from tulu_hpc.config.schema import MixConfig
+from tulu_hpc.data.mixing import Source, mix
+from tulu_hpc.data.records import write_jsonl
+from tulu_hpc.stages.tables import print_table
+
+
+def run(config: MixConfig) -> Path:
+    """Write `mix.output` and, beside it, <name>.statistics.json; return the path of the mixture.
+
+    Raises:
+        ConfigError: the mixture would replace one of its sources.
+        RecordError: a malformed row, unless `mix.on_error` is "skip".
+    """
+    section = config.mix
+    sources = [Source(s.name, s.path, s.count, s.fraction) for s in section.sources]
+    output = Path(section.output)
+    if any(output.resolve() == Path(source.path).resolve() for source in sources):
+        raise ConfigError(f"mix.output {output}: is one of the sources, which it would replace")
+    result = mix(sources, section.kind, config.run.seed, on_error=section.on_error)
+    write_jsonl(output, result.rows)
+    statistics = output.with_name(output.name.removesuffix(".gz").removesuffix(".jsonl") + ".statistics.json")
+    statistics.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+    headers = ["source", "rows", "skipped", "taken", "repeated", "missing", "share", "turns", "characters"]
+    table: list[list[object]] = [
+        [
+            s.name,
+            s.available,
+            s.skipped,
+            s.taken,
+            s.repeated,
+            s.missing,
+            f"{s.share:.1%}",
+            f"{s.turns_mean:.1f}",
+            f"{s.characters_mean:.0f}",
+        ]
+        for s in result.statistics
+    ]
+    print_table(headers, table)
+    for s in result.statistics:
+        if s.missing:
+            print(f"{s.name}: {s.missing} of the rows asked for do not exist")
+    print(f"{len(result.rows)} rows: {output}")
+    return output

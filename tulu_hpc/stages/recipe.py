@@ -1,0 +1,307 @@
+"""`tulu-hpc recipe`: the steps of a recipe one after the other, each as a child process; then the report.
+
+A finished step leaves a marker, `{root}/.recipe/NAME.json`: its resolved configuration, digests of the files it read
+and the files it wrote. A second run reuses what is finished and unchanged, continues what was interrupted (training
+steps resume from their run directories, cheap steps run again) and refuses what was changed, with the difference.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from tulu_hpc.config import schema
+from tulu_hpc.config.loader import ConfigError, dump_yaml, flatten, load_config
+from tulu_hpc.config.run_directory import MAY_DIFFER, differences
+from tulu_hpc.config.verbs import SCHEMAS
+from tulu_hpc.stages.child import ChildResult, run_child
+from tulu_hpc.stages.step_files import digests, files_below, inputs_of, missing, outputs_of
+from tulu_hpc.telemetry.progress import duration
+from tulu_hpc.telemetry.report import ReportInputs, Timing, score_lines, write_report
+
+# Said by libraries at every start, about things that we do on purpose; other warnings are shown.
+_KNOWN_WARNINGS = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf Tensor",
+    "`torch.distributed.",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead and we are deprecating ShardedTensor",
+)
+_ERROR = re.compile(r"(\[rank \d+\] )?error: ")
+_LOCK_WAIT_SECONDS = 60.0
+# What torchrun sets; a child must not believe that it is one of somebody else's workers.
+_TORCHRUN_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+class RecipeError(ValueError):
+    """A step failed, or what an earlier run left does not fit this one."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step, its configuration resolved; `overrides` are what its command line gets."""
+
+    name: str
+    verb: list[str]
+    path: str
+    processes: int
+    overrides: list[str]
+    config: Any
+
+    @property
+    def command(self) -> list[str]:
+        program = ["-m", "tulu_hpc", *self.verb, self.path, *self.overrides]
+        if self.processes == 1:
+            return [sys.executable, *program]
+        # --standalone takes a free port itself, so recipes side by side do not clash.
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        return [sys.executable, *torchrun, "--nproc-per-node", str(self.processes), *program]
+
+
+def run(config: schema.RecipeConfig, *, dry_run: bool = False) -> Path:
+    """Run the recipe and return the path of the report.
+
+    Raises:
+        ConfigError: a step's configuration is wrong (checked for all steps before the first one runs).
+        RecipeError: a step failed (message: step, log file, last lines), or a finished step was made with another
+            configuration or from other files (message: the differences).
+        KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once the child has ended.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("recipe starts its own processes; run it without torchrun")
+    steps = resolve_steps(config)
+    root = Path(config.run.root)
+    if dry_run:
+        for step in steps:
+            print(f"{step.name}: {shlex.join(step.command)}")
+        return Path(config.report.output)
+    start = time.monotonic()
+    state = root / ".recipe"
+    state.mkdir(parents=True, exist_ok=True)
+    lock = _take_lock(state / "lock")
+    try:
+        markers = {step.name: _read_marker(state, step) for step in steps}
+        timings: list[Timing] = []
+        for number, step in enumerate(steps, start=1):
+            title = f"[{number}/{len(steps)}] {step.name}"
+            marker = markers[step.name]
+            gone = missing(marker["outputs"]) if marker else []
+            if marker and not gone:
+                _refuse_changed_inputs(step, marker, state)
+                print(f"{title}: reused (made {marker['finished']} in {duration(marker['seconds'])})", flush=True)
+                timings.append(Timing(step.name, step.processes, marker["seconds"], reused=True))
+                continue
+            why = f" again: {gone[0]} is missing" if gone else ""
+            processes = f" on {step.processes} processes" if step.processes > 1 else ""
+            print(f"{title}: {' '.join(step.verb)} {step.path}{processes}{why}", flush=True)
+            seconds = _run_step(step, config, root, state, lock)
+            print(f"{title}: done in {duration(seconds)}", flush=True)
+            timings.append(Timing(step.name, step.processes, seconds, reused=False))
+        inputs = _report_inputs(config, steps, timings, time.monotonic() - start)
+        path = write_report(inputs, Path(config.report.output))
+        for line in score_lines(inputs):
+            print(line)
+        print(f"report: {path}\ntotal time: {duration(time.monotonic() - start)}", flush=True)
+        return path
+    finally:
+        os.close(lock)
+
+
+def resolve_steps(config: schema.RecipeConfig) -> list[Step]:
+    """Load every step's configuration with the recipe's root, seed and overrides.
+
+    Raises:
+        ConfigError: unknown verb, repeated name, overrides of a step that is not there, or a step's file is wrong.
+    """
+    names = [step.name for step in config.steps]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"steps: the name {name!r} is used twice")
+    for name in config.overrides:
+        if name not in names:
+            raise ConfigError(f"overrides.{name}: no such step; steps are {', '.join(names)}")
+    return [_resolve_step(step, config) for step in config.steps]
+
+
+def _resolve_step(step: schema.RecipeStep, config: schema.RecipeConfig) -> Step:
+    words = shlex.split(step.verb)
+    verb = " ".join(word for word in words if not word.startswith("-"))
+    if verb not in SCHEMAS or verb == "recipe":
+        known = ", ".join(name for name in SCHEMAS if name != "recipe")
+        raise ConfigError(f"steps: {step.name}: unknown verb {step.verb!r}; known: {known}")
+    values: dict[str, object] = {"run.root": config.run.root, "run.seed": config.run.seed}
+    if config.run.threads is not None:
+        values["run.threads"] = config.run.threads
+    values.update(flatten(step.overrides))
+    values.update(flatten(config.overrides.get(step.name, {})))
+    # JSON is YAML's flow style, so every value survives the way through the command line.
+    overrides = [f"{key}={json.dumps(value)}" for key, value in values.items() if key]
+    resolved = load_config(step.config, overrides, SCHEMAS[verb])
+    return Step(step.name, words, step.config, step.processes, overrides, resolved)
+
+
+def _run_step(step: Step, config: schema.RecipeConfig, root: Path, state: Path, lock: int) -> float:
+    log = root / "logs" / f"{step.name}.log"
+    read = digests(inputs_of(step.config))
+    result = run_child(
+        step.command, environment=_environment(step), log=log, prefix=f"[{step.name}] ", keep_open=[lock]
+    )
+    written = outputs_of(step.config, [word for word in step.verb if word.startswith("-")])
+    if result.stopped_by is not None and (result.returncode != 0 or missing(map(str, written))):
+        _stop(step, result.stopped_by)
+    if result.returncode != 0:
+        raise RecipeError(_failure(step, result, log))
+    if not_there := missing(map(str, written)):
+        raise RecipeError(f"step {step.name} ended without writing {not_there[0]}; log: {log}")
+    marker = {
+        "step": step.name,
+        "verb": " ".join(step.verb),
+        "config": step.config.model_dump(mode="json"),
+        "inputs": read,
+        "outputs": [str(path) for path in files_below(written)],
+        "seconds": round(result.seconds, 3),
+        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    _write_atomically(_marker_path(state, step), json.dumps(marker, indent=1))
+    if result.stopped_by is not None:  # it finished all the same
+        _stop(step, result.stopped_by)
+    return result.seconds
+
+
+def _stop(step: Step, number: int) -> NoReturn:
+    print(f"stopped in step {step.name}; the same command continues here", flush=True)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
+
+
+def _failure(step: Step, result: ChildResult, log: Path) -> str:
+    code = result.returncode
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+    tail = "\n".join(f"  {line}" for line in telling_lines(result.last_lines))
+    return f"step {step.name} {how}; log: {log}; last lines:\n{tail}"
+
+
+def telling_lines(lines: Sequence[str], most: int = 12) -> list[str]:
+    """Why a child failed: its `error: ...` lines, else its last lines before torchrun's own report."""
+    errors = [line for line in lines if _ERROR.match(line)]
+    if errors:
+        return list(dict.fromkeys(errors))[-most:]
+    ours = list(itertools.takewhile(lambda line: "torch/distributed/elastic/multiprocessing" not in line, lines))
+    return (ours or list(lines))[-most:]
+
+
+def _environment(step: Step) -> dict[str, str]:
+    environment = {key: value for key, value in os.environ.items() if key not in _TORCHRUN_VARIABLES}
+    cores = len(os.sched_getaffinity(0))
+    # More threads than cores slow small models down by a factor, so each process gets its share and no more.
+    threads = step.config.run.threads or max(1, cores // step.processes)
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    # All processes are on this machine: the loopback device works where the host name does not resolve.
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # Megatron asks for it under sequence parallelism: communication is launched before the GEMM that hides it.
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    environment["PYTHONUNBUFFERED"] = "1"
+    environment.setdefault("PYTHONWARNINGS", ",".join(f"ignore:{start}" for start in _KNOWN_WARNINGS))
+    return environment
+
+
+def _take_lock(path: Path) -> int:
+    """Hold `path` for this run. Children inherit the lock, so it outlasts a killed driver until they are gone."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + _LOCK_WAIT_SECONDS
+    told = False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise RecipeError(f"{path.parent.parent}: another recipe is running there ({path} is locked)") from None
+            if not told:
+                print(f"{path.parent.parent} is in use; waiting for it up to {_LOCK_WAIT_SECONDS:.0f} s", flush=True)
+                told = True
+            time.sleep(0.5)
+
+
+def _marker_path(state: Path, step: Step) -> Path:
+    return state / f"{step.name}.json"
+
+
+def _read_marker(state: Path, step: Step) -> dict[str, Any] | None:
+    """The marker of a finished step, checked against the configuration of now; None when the step has not finished."""
+    path = _marker_path(state, step)
+    if not path.exists():
+        return None
+    remedy = f"take another run.root, or remove {path} (and what the step wrote) to make it again"
+    try:
+        marker: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        old = type(step.config).model_validate_json(json.dumps(marker["config"]))
+        verb = marker["verb"]
+    except (ValidationError, ValueError, KeyError) as error:
+        raise RecipeError(f"{path}: not a marker of this version ({error}); {remedy}") from error
+    changed = differences(old, step.config, MAY_DIFFER)
+    if verb != " ".join(step.verb):
+        changed.insert(0, f"verb: {verb!r} -> {' '.join(step.verb)!r}")
+    if changed:
+        lines = "\n".join(f"  {line}" for line in changed)
+        raise RecipeError(f"step {step.name} was made with another configuration:\n{lines}\n{remedy}")
+    return marker
+
+
+def _refuse_changed_inputs(step: Step, marker: dict[str, Any], state: Path) -> None:
+    now = digests(inputs_of(step.config))
+    changed = sorted(key for key in {**now, **marker["inputs"]} if now.get(key) != marker["inputs"].get(key))
+    if changed:
+        raise RecipeError(
+            f"step {step.name} was made from other files: {', '.join(changed)} changed since; take another run.root, "
+            f"or remove {_marker_path(state, step)} and what the step wrote to make it again"
+        )
+
+
+def _report_inputs(
+    config: schema.RecipeConfig, steps: list[Step], timings: list[Timing], seconds: float
+) -> ReportInputs:
+    report = config.report
+    configs = {"recipe": dump_yaml(config), **{step.name: dump_yaml(step.config) for step in steps}}
+    return ReportInputs(
+        title=report.title,
+        evals={stage: Path(path) for stage, path in report.evals.items()},
+        runs={stage: Path(path) for stage, path in report.runs.items()},
+        decontamination=Path(report.decontamination) if report.decontamination else None,
+        preference=Path(report.preference) if report.preference else None,
+        notes=report.notes,
+        timings=timings,
+        total_seconds=seconds,
+        configs=configs,
+    )
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,172 @@
+"""Reinforcement learning with verifiable rewards: GRPO, on rollouts of the model that is trained.
+
+The parts of a step are in `rlvr_step`. Every random number derives from (run.seed, step, prompt, sample), so a resumed
+run repeats the one that was not interrupted, and the samples do not depend on the layout.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from tulu_hpc.config.loader import ConfigError
+from tulu_hpc.config.schema import RlvrConfig
+from tulu_hpc.data.tokenizer import load_tokenizer
+from tulu_hpc.models.llama import Llama
+from tulu_hpc.stages import training_run
+from tulu_hpc.stages.rlvr_step import Learner, fingerprint, rollout_step
+from tulu_hpc.stages.rollouts import is_replica_leader, load_prompts, open_engine, sampling_of
+from tulu_hpc.stages.training_run import Run
+from tulu_hpc.telemetry.metrics import MetricLogger
+from tulu_hpc.telemetry.progress import Progress
+from tulu_hpc.training import checkpoint
+from tulu_hpc.training.preemption import StopRequest
+from tulu_hpc.training.runner import Runner
+from tulu_hpc.training.trainer import load_model
+from tulu_hpc.verifiers.sandbox import VerifierPool
+
+
+def run(config: RlvrConfig) -> Path:
+    """Train on the prompts of `data.path` for `train.steps` rollout steps; return the run directory.
+
+    A step makes rlvr.epochs x rlvr.minibatches optimizer steps; a minibatch in which no group has two different rewards
+    makes none (and is counted). The schedule is laid out for all of them.
+
+    Raises:
+        ConfigError, RecordError, LayoutError: naming the key, file, line or rank.
+        MismatchError: engine and trainer disagree about the log-probs of the first step.
+        Preempted: the run was asked to stop; its state is saved.
+    """
+    check(config)
+    run = training_run.open_run(config, "rlvr")
+    if run.finished:
+        return run.already_finished()
+    with ExitStack() as stack:
+        learner = build(run, config, stack)
+        first = resume(learner)
+        fit(learner, first)
+        return training_run.finish(run, learner.trainer)
+
+
+def check(config: RlvrConfig) -> None:
+    """Refuse settings that cannot work, before anything is loaded.
+
+    Raises:
+        ConfigError: naming the keys.
+    """
+    if config.rollout.temperature == 0:
+        raise ConfigError("rollout.temperature = 0: greedy answers to a prompt are all equal, nothing can be learned")
+    if config.rlvr.minibatches > config.rlvr.prompts_per_step:
+        raise ConfigError(
+            f"rlvr.minibatches = {config.rlvr.minibatches} is more than "
+            f"rlvr.prompts_per_step = {config.rlvr.prompts_per_step}"
+        )
+    if config.data.max_length + config.rollout.max_new_tokens > config.train.pack_rows:
+        raise ConfigError(
+            f"train.pack_rows = {config.train.pack_rows} does not hold a prompt of data.max_length = "
+            f"{config.data.max_length} with rollout.max_new_tokens = {config.rollout.max_new_tokens}"
+        )
+
+
+def build(run: Run, config: RlvrConfig, stack: ExitStack) -> Learner:
+    """Load prompts, policy and reference; workers of the verifier end with `stack`."""
+    tokenizer = load_tokenizer(config.model.path)
+    prompts = load_prompts(config.data, config.verifier, tokenizer, run.say)
+    rlvr = config.rlvr
+    trainer = training_run.make_trainer(run, total_steps=config.train.steps * rlvr.epochs * rlvr.minibatches)
+    reference = None
+    if rlvr.kl_coef > 0:
+        frozen = load_model(config.model, run.groups, run.architecture)
+        reference = Runner.create(
+            frozen,
+            run.groups,
+            run.architecture,
+            split=config.parallel.context_split,
+            strategy=config.model.attention_strategy,
+        )
+    for model in [*trainer.models, *(reference.chunks if reference else [])]:
+        assert isinstance(model, Llama)
+        model.logprob_temperature = config.rollout.temperature  # ratios and KL are of the policy that samples
+    pool = None
+    if is_replica_leader(run.groups):
+        verifier = config.verifier
+        pool = stack.enter_context(
+            VerifierPool(verifier.workers, verifier.timeout_seconds, rules=verifier.rules, modules=verifier.modules)
+        )
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Learner(
+        run=run,
+        config=config,
+        trainer=trainer,
+        reference=reference,
+        engine=open_engine(config.rollout, trainer.models, run.groups, run.architecture, tokenizer),
+        pool=pool,
+        prompts=prompts,
+        sampling=sampling_of(config.rollout, tokenizer, config.model.path),
+        tokenizer=tokenizer,
+        pad_id=int(pad_id or 0),
+    )
+
+
+def resume(learner: Learner) -> int:
+    """Continue from the newest intact checkpoint, if there is one; rollout steps done.
+
+    Raises:
+        ConfigError: the prompts are not those that the checkpoint was made with.
+    """
+    run = learner.run
+    found = checkpoint.load_latest(learner.trainer, run.directory.checkpoints)
+    if found is None:
+        return 0
+    _, extra = found
+    if extra["prompts"] != fingerprint(learner.prompts):
+        raise ConfigError(
+            f"{run.directory.root}: cannot resume, the prompts of data.path have changed since it was saved"
+        )
+    run.say(f"resumed at step {extra['rollout_step']} of {learner.config.train.steps}")
+    return int(extra["rollout_step"])
+
+
+def fit(learner: Learner, first: int) -> None:
+    """Rollout steps `first` + 1 to `train.steps`; log, save, and stop early when asked to.
+
+    Raises:
+        Preempted: the run was asked to stop; its state is saved.
+    """
+    run, config = learner.run, learner.config
+    train, telemetry, main = config.train, config.telemetry, run.groups.is_main
+    logger = MetricLogger(
+        run.directory,
+        enabled=main,
+        tensorboard=telemetry.tensorboard,
+        wandb=telemetry.wandb,
+        resume_step=first,
+        name=config.run.name,
+        config=config.model_dump(mode="json"),
+    )
+    progress = Progress("rlvr", train.steps, start=first, enabled=main, interval=0.0 if train.steps <= 20 else None)
+    stop = StopRequest(run.directory.stop_requested, run.directory.preempted, is_main=main)
+    saved = learner.trainer.step if first else None  # optimizer steps in the newest checkpoint
+    with logger, progress, stop:
+        for step in range(first + 1, train.steps + 1):
+            metrics, stopping = rollout_step(
+                learner, step, check_mismatch=step == first + 1, stop_requested=stop.pending()
+            )
+            if step % train.log_every == 0 or step == train.steps:
+                logger.log(step, metrics)
+            progress.update(
+                step,
+                tokens=metrics["rollout/new_tokens"],
+                reward=metrics["rollout/reward"],
+                accuracy=metrics["rollout/accuracy"],
+                **({"kl": metrics["train/kl"]} if "train/kl" in metrics else {}),
+            )
+            last = step == train.steps
+            due = last or stopping or bool(train.save_every and step % train.save_every == 0)
+            if due and saved != learner.trainer.step:  # else steps without an update are repeated, with the same result
+                extra = {"rollout_step": step, "prompts": fingerprint(learner.prompts)}
+                checkpoint.save(learner.trainer, run.directory.checkpoints, extra, keep_last=train.keep_last)
+                saved = learner.trainer.step
+            if stopping and not last:
+                run.say(f"stopped on request after step {step}; start again to continue")
+                stop.acknowledge(step)

@@ -1,0 +1,259 @@
+"""What the training stages share: opening a run, the loop with its log, checkpoints and stops, and the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tulu_hpc.config.architecture import Architecture
+from tulu_hpc.config.loader import ConfigError
+from tulu_hpc.config.run_directory import RunDirectory
+from tulu_hpc.config.schema import DpoConfig, ModelSection, RlvrConfig, RlvrTrainSection, SftConfig, TrainSection
+from tulu_hpc.data.chat_template import ChatTemplate
+from tulu_hpc.data.datasets import preference_items, sft_items
+from tulu_hpc.data.loader import ItemLoader, StepData
+from tulu_hpc.data.packed_batch import Item
+from tulu_hpc.data.records import read_records
+from tulu_hpc.data.tokenizer import load_tokenizer
+from tulu_hpc.models.convert import save_hf
+from tulu_hpc.parallel.layout import Groups, initialize, layout_of
+from tulu_hpc.telemetry.metrics import MetricLogger
+from tulu_hpc.telemetry.progress import Progress
+from tulu_hpc.training import checkpoint, determinism
+from tulu_hpc.training.preemption import StopRequest
+from tulu_hpc.training.runner import LossFn, row_multiple
+from tulu_hpc.training.step import StepResult, train_step
+from tulu_hpc.training.trainer import DTYPES, Trainer, build_trainer
+
+FINISHED = "finished.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run on this process."""
+
+    verb: str
+    config: SftConfig | DpoConfig | RlvrConfig
+    groups: Groups
+    directory: RunDirectory
+    architecture: Architecture
+
+    def say(self, text: str) -> None:
+        """Print once per job."""
+        if self.groups.is_main:
+            print(f"{self.verb}: {text}", flush=True)
+
+    def progress(self, title: str, total: int) -> Progress:
+        """A progress line of its own, shown once per job."""
+        return Progress(f"{self.verb} {title}", total, enabled=self.groups.is_main)
+
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier start completed this run and its export is still there (the same answer on every rank)."""
+        needed = [self.directory.root / FINISHED]
+        if self.config.train.export_hf:
+            needed.append(self.directory.hf / "config.json")
+        there = all(file.is_file() for file in needed) if self.groups.is_main else None
+        return bool(self.groups.broadcast_object(there))
+
+    def already_finished(self) -> Path:
+        """Say that there is nothing to do; the run directory."""
+        self.say(f"nothing to do, {self.directory.root} is finished")
+        return self.directory.root
+
+
+def open_run(config: SftConfig | DpoConfig | RlvrConfig, verb: str) -> Run:
+    """Start the processes' groups and open (or reopen) the run directory.
+
+    Raises:
+        ConfigError: the directory holds another run, or the model is not the expected one.
+        LayoutError: the number of processes does not fit the layout.
+    """
+    determinism.configure(deterministic=config.run.deterministic, threads=config.run.threads)
+    groups = initialize(
+        layout_of(config.parallel), seed=config.run.seed, timeout_minutes=config.run.distributed_timeout_minutes
+    )
+    architecture = read_architecture(config.model)
+    directory = RunDirectory.open(config, verb=verb, is_main=groups.is_main, broadcast=groups.broadcast_object)
+    checkpoint.clean(directory.checkpoints, groups)
+    return Run(verb, config, groups, directory, architecture)
+
+
+def read_architecture(model: ModelSection) -> Architecture:
+    """Shape of the model at `model.path`.
+
+    Raises:
+        ConfigError: it is not what `model.architecture` expects; every differing key with both values.
+    """
+    found = Architecture.from_hf(model.path)
+    if model.architecture is not None and found != model.architecture:
+        wanted = model.architecture.model_dump()
+        differing = [f"{k}: {wanted[k]} -> {v}" for k, v in found.model_dump().items() if wanted[k] != v]
+        raise ConfigError(f"{model.path}: is not the expected model.architecture: {'; '.join(differing)}")
+    return found
+
+
+def load_items(run: Run, kind: Literal["sft", "preference"]) -> tuple[list[Item], int]:
+    """Every item of `data.path`, tokenised, and the token that pads packs.
+
+    Raises:
+        RecordError: a malformed row with its file, line and field (unless data.on_error is skip: counted and reported).
+        MaskProofError: a conversation whose label mask cannot be proven, with the span.
+    """
+    data = run.config.data
+    tokenizer = load_tokenizer(run.config.model.path)
+    template = ChatTemplate.load(data.chat_template, tokenizer)
+    items: list[Item] = []
+    for path in data.path:
+        if kind == "sft":
+            sft = read_records(path, "sft", on_error=data.on_error)
+            skipped, found = sft.skipped, sft_items(sft, tokenizer, template, data.max_length, on_error=data.on_error)
+        else:
+            pairs = read_records(path, "preference", on_error=data.on_error)
+            skipped = pairs.skipped
+            found = preference_items(pairs, tokenizer, template, data.max_length, on_error=data.on_error)
+        items += found
+        malformed = f", {len(skipped)} malformed rows left out, the first: {skipped[0]}" if skipped else ""
+        run.say(f"{path}: {found.summary()}{malformed}")
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return items, int(pad_id or 0)
+
+
+def make_loader(run: Run, items: list[Item], *, pad_id: int) -> ItemLoader:
+    """The loader of this data-parallel rank."""
+    assert not isinstance(run.config, RlvrConfig)  # draws its prompts itself
+    train, groups = run.config.train, run.groups
+    return ItemLoader(
+        items,
+        global_batch_size=train.global_batch_size,
+        seed=run.config.run.seed,
+        epochs=train.epochs,
+        steps=train.steps,
+        shuffle=run.config.data.shuffle,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        pack_rows=train.pack_rows,
+        multiple=row_multiple(groups.layout, run.config.parallel.context_split),
+        share=train.prefix_sharing,
+        pad_id=pad_id,
+    )
+
+
+def make_trainer(run: Run, *, total_steps: int, load_weights: bool = True) -> Trainer:
+    """The model of the configuration, ready to train."""
+    config = run.config
+    return build_trainer(
+        model=config.model,
+        parallel=config.parallel,
+        optimizer=config.optimizer,
+        recompute=config.train.recompute,
+        total_steps=total_steps,
+        groups=run.groups,
+        architecture=run.architecture,
+        load_weights=load_weights,
+    )
+
+
+def resume(run: Run, trainer: Trainer, loader: ItemLoader) -> None:
+    """Continue from the newest intact checkpoint of the run directory, if there is one."""
+    found = checkpoint.load_latest(trainer, run.directory.checkpoints)
+    if found is None:
+        return
+    step, extra = found
+    loader.load_state_dict(extra["loader"])
+    run.say(f"resumed at step {step} of {loader.num_steps}")
+
+
+def fit(run: Run, trainer: Trainer, loader: ItemLoader, make_loss: Callable[[StepData], LossFn]) -> None:
+    """Train to the end of the loader; log, save, and stop early when asked to.
+
+    Args:
+        make_loss: the loss of one global batch, from that batch's data (its denominators).
+
+    Raises:
+        Preempted: the run was asked to stop; its state is saved.
+    """
+    train, telemetry, total = run.config.train, run.config.telemetry, loader.num_steps
+    main = run.groups.is_main
+    logger = MetricLogger(
+        run.directory,
+        enabled=main,
+        tensorboard=telemetry.tensorboard,
+        wandb=telemetry.wandb,
+        resume_step=trainer.step,
+        name=run.config.run.name,
+        config=run.config.model_dump(mode="json"),
+    )
+    # A short run is one that somebody compares digit by digit: every step is shown.
+    interval = 0.0 if total <= 20 else None
+    progress = Progress(run.verb, total, start=trainer.step, enabled=main, interval=interval)
+    stop = StopRequest(run.directory.stop_requested, run.directory.preempted, is_main=main)
+    with logger, progress, stop:
+        while trainer.step < total:
+            started = time.perf_counter()
+            data = loader.next_step()
+            loss = make_loss(data)
+            loaded = time.perf_counter()
+            result = train_step(trainer, data.packs, loss, stop_requested=stop.pending())
+            if main and (result.step % train.log_every == 0 or result.step == total):
+                elapsed = time.perf_counter() - started
+                logger.log(result.step, _metrics(result, elapsed, loaded - started, run.groups.world_size))
+            progress.update(result.step, tokens=result.rows, loss=f"{result.loss:.7f}", lr=result.lr)
+            last = result.step == total
+            if last or result.stop_requested or (train.save_every and result.step % train.save_every == 0):
+                save(run, trainer, loader, train)
+            if result.stop_requested and not last:
+                run.say(f"stopped on request after step {result.step}; start again to continue")
+                stop.acknowledge(result.step)
+
+
+def save(run: Run, trainer: Trainer, loader: ItemLoader, train: TrainSection | RlvrTrainSection) -> None:
+    """Checkpoint of the model and the position in the data."""
+    extra: dict[str, Any] = {"loader": loader.state_dict()}
+    checkpoint.save(trainer, run.directory.checkpoints, extra, keep_last=train.keep_last)
+
+
+def finish(run: Run, trainer: Trainer) -> Path:
+    """Export the model, mark the run as finished, and return its directory."""
+    config = run.config
+    if config.train.export_hf:
+        trainer.synchronise_parameters()
+        save_hf(
+            trainer.models,
+            run.directory.hf,
+            run.architecture,
+            run.groups,
+            source=Path(config.model.path),
+            dtype=DTYPES[config.model.dtype],
+            chat_template=exported_template(config) if run.groups.is_main else None,
+        )
+    if run.groups.is_main:
+        (run.directory.root / FINISHED).write_text(json.dumps({"step": trainer.step}) + "\n")
+    run.groups.barrier()
+    run.say(f"finished {trainer.step} steps: {run.directory.root}")
+    return run.directory.root
+
+
+def exported_template(config: SftConfig | DpoConfig | RlvrConfig) -> str | None:
+    """The template trained with, where it is not the tokenizer's own: who loads the export must prompt by it."""
+    tokenizer = load_tokenizer(config.model.path)
+    source = ChatTemplate.load(config.data.chat_template, tokenizer).source
+    return None if source == tokenizer.chat_template else source
+
+
+def _metrics(result: StepResult, elapsed: float, data_seconds: float, world_size: int) -> dict[str, float]:
+    """Names of a step's metrics: an objective's `loss` is `train/loss`, names with a room of their own stay."""
+    named = {name if "/" in name else f"train/{name}": value for name, value in result.metrics.items()}
+    return {
+        **named,
+        "train/grad_norm": result.grad_norm,
+        "train/lr": result.lr,
+        "train/tokens": result.targets,
+        "perf/tokens_per_second_per_gpu": result.rows / elapsed / world_size,
+        "timing/step": elapsed,
+        "timing/data": data_seconds,
+    }

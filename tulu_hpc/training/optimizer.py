@@ -1,0 +1,136 @@
+"""AdamW through megatron's optimizers, and the one place where their defects on torch's AdamW are repaired.
+
+megatron-core 0.16.1 is written for the fused Adam of Transformer Engine or Apex, which keeps `step` in the parameter
+group. Here torch's AdamW is used everywhere, also where those packages are installed, so that a checkpoint means the
+same on every machine. With it `step` is a tensor per parameter, and four things in `DistributedOptimizer` go wrong
+around checkpoints:
+
+1. `state_dict` asserts that exactly one `step` exists, which fails while the state is empty (a fresh optimizer that is
+   about to load): `create_state` makes the state at construction.
+2. `_set_main_param_and_optimizer_states` looks for `step` among the resharded tensors: `KeyError: 'step'`.
+3. The same function copies into a view of a leaf that requires grad: `RuntimeError` wherever grad mode is on (its
+   caller for our format, `fully_reshardable`, switches it off; the others do not).
+4. `load_state_dict` gives every parameter the *same* `step` tensor. AdamW then advances it once per parameter, the bias
+   correction is wrong and nothing says so: `unshare_steps` after every load.
+
+`Float16OptimizerWithFloat16Params` and `FP32Optimizer` share 1 (their state has no `step` before the first step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import distrib_optimizer as megatron_distributed
+from torch import Tensor
+
+from tulu_hpc.config.schema import OptimizerSection
+from tulu_hpc.parallel.layout import Groups
+
+
+def build_optimizer(
+    chunks: list[DistributedDataParallel],
+    section: OptimizerSection,
+    groups: Groups,
+    *,
+    dtype: torch.dtype,
+    distributed: bool,
+) -> ChainedOptimizer:
+    """Decoupled AdamW over the trainable parameters; norms and other vectors are not decayed.
+
+    Args:
+        chunks: megatron DDP modules (one per virtual pipeline chunk).
+        dtype: of the parameters; below fp32, masters and state are fp32.
+        distributed: shard state and masters over data-parallel (and context-parallel) ranks.
+    """
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=0.0,
+        weight_decay=section.weight_decay,
+        decoupled_weight_decay=True,
+        adam_beta1=section.betas[0],
+        adam_beta2=section.betas[1],
+        adam_eps=section.eps,
+        clip_grad=section.clip_grad,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_distributed_optimizer=distributed,
+        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
+    )
+    use_torch_optimizer()
+    optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False, pg_collection=groups.pg)
+    for inner in torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            group["fused"], group["foreach"] = True, False  # one kernel per step on CPU and CUDA alike
+    create_state(optimizer)
+    return optimizer
+
+
+def torch_optimizers(optimizer: ChainedOptimizer) -> list[torch.optim.Optimizer]:
+    """The torch optimizers below megatron's."""
+    return [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
+
+
+def _parameters(inner: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for group in inner.param_groups:
+        yield from group["params"]
+
+
+def create_state(optimizer: ChainedOptimizer) -> None:
+    """Give every parameter its Adam state at step 0, as its first step would (defect 1)."""
+    for inner in torch_optimizers(optimizer):
+        for parameter in _parameters(inner):
+            if not inner.state[parameter]:
+                inner.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                    "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+                }
+
+
+def unshare_steps(optimizer: ChainedOptimizer) -> None:
+    """Give every parameter a `step` tensor of its own again (defect 4)."""
+    for inner in torch_optimizers(optimizer):
+        for parameter, state in inner.state.items():
+            if "step" in state:
+                # On the parameter's device: the fused kernel refuses a counter on the host.
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device).clone()
+
+
+def optimizer_step(optimizer: ChainedOptimizer) -> int:
+    """Steps done according to Adam's own counters.
+
+    Raises:
+        RuntimeError: the parameters disagree (a shared or half-loaded `step`).
+    """
+    steps = {int(state["step"]) for inner in torch_optimizers(optimizer) for state in inner.state.values()}
+    if len(steps) > 1:
+        raise RuntimeError(f"optimizer state is inconsistent: parameters are at steps {sorted(steps)}")
+    return steps.pop() if steps else 0
+
+
+def use_torch_optimizer() -> None:
+    """Make megatron build torch's AdamW whatever else is installed, and repair its state copy (defects 2 and 3).
+
+    The fused Adams of Transformer Engine and Apex keep no `step` per parameter: the state that `create_state` makes and
+    the checkpoints of this module would not fit them.
+    """
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
+    megatron_distributed.HAVE_APEX_OR_TE = False
+    megatron_distributed.USING_TE_OPTIMIZER = megatron_distributed.USING_APEX_OPTIMIZER = False
+    megatron_distributed.DistributedOptimizer._set_main_param_and_optimizer_states = _copy_into_state
+
+
+@torch.no_grad()
+def _copy_into_state(self: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+    """Copy a parameter's shard of master weight and moments; `step` comes with the parameter groups instead."""
+    group, order = self.model_param_group_index_map[model_param]
+    main_param = self.optimizer.param_groups[group]["params"][order]
+    for name, target in {"param": main_param, **self.optimizer.state[main_param]}.items():
+        if name != "step":
+            target.copy_(tensors[name])

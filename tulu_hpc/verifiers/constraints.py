@@ -1,0 +1,179 @@
+"""Checks of single instructions, named and parametrised as in IFEval (Zhou et al. 2023, arXiv:2311.07911).
+
+Each check takes the response and the keyword arguments of its record and says whether the instruction was followed.
+IFEval also asks a language detector whether text in one case is English; that part is left out here (the detector calls
+short texts any language), so `change_case:*` looks at the case alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+Constraint = Callable[..., bool]
+CONSTRAINTS: dict[str, Constraint] = {}
+
+
+def constraint(instruction_id: str) -> Callable[[Constraint], Constraint]:
+    """Decorator: register a check under its instruction id."""
+
+    def add(check: Constraint) -> Constraint:
+        CONSTRAINTS[instruction_id] = check
+        return check
+
+    return add
+
+
+def check_arguments(instruction_id: str, kwargs: dict[str, Any]) -> None:
+    """Refuse an unknown instruction, or arguments that its check does not take.
+
+    Raises:
+        ValueError: naming the instruction and the argument.
+    """
+    if instruction_id == "language:response_language":
+        _detect_language("")  # says at once, not at the first verdict, that the detector is missing
+    if instruction_id not in CONSTRAINTS:
+        raise ValueError(f"ifeval: unknown instruction {instruction_id!r}; known: {', '.join(sorted(CONSTRAINTS))}")
+    try:
+        _signature(instruction_id).bind("", **kwargs)
+    except TypeError as error:
+        raise ValueError(f"ifeval: instruction {instruction_id!r}: {error}") from None
+
+
+@cache
+def _signature(instruction_id: str) -> inspect.Signature:
+    return inspect.signature(CONSTRAINTS[instruction_id])
+
+
+def _relation(count: int, bound: int, relation: str) -> bool:
+    if relation == "at least":
+        return count >= bound
+    if relation == "less than":
+        return count < bound
+    raise ValueError(f"ifeval: unknown relation {relation!r}; known: at least, less than")
+
+
+@constraint("detectable_format:number_bullet_lists")
+def number_bullet_lists(response: str, *, num_bullets: int) -> bool:
+    """Exactly so many lines that start with `*` (but not `**`) or `-`."""
+    stars = re.findall(r"^\s*\*[^\*].*$", response, flags=re.MULTILINE)
+    dashes = re.findall(r"^\s*-.*$", response, flags=re.MULTILINE)
+    return len(stars) + len(dashes) == num_bullets
+
+
+@constraint("change_case:english_lowercase")
+def english_lowercase(response: str) -> bool:
+    """Has letters, none of them a capital."""
+    return response.islower()
+
+
+@constraint("change_case:english_capital")
+def english_capital(response: str) -> bool:
+    """Has letters, all of them capitals."""
+    return response.isupper()
+
+
+@constraint("startend:end_checker")
+def end_checker(response: str, *, end_phrase: str) -> bool:
+    """Ends in the phrase, whatever the case; white space and double quotes around the response do not count."""
+    return response.strip().strip('"').lower().endswith(end_phrase.strip().lower())
+
+
+@constraint("startend:quotation")
+def quotation(response: str) -> bool:
+    """Starts and ends with a double quotation mark."""
+    text = response.strip()
+    return len(text) > 1 and text[0] == '"' and text[-1] == '"'
+
+
+@constraint("keywords:existence")
+def keywords_existence(response: str, *, keywords: Sequence[str]) -> bool:
+    """Contains every keyword, whatever the case, inside a longer word too."""
+    return all(re.search(re.escape(keyword), response, flags=re.IGNORECASE) for keyword in keywords)
+
+
+@constraint("keywords:forbidden_words")
+def forbidden_words(response: str, *, forbidden_words: Sequence[str]) -> bool:
+    """Contains none of the words as a whole word."""
+    return not any(re.search(rf"\b{re.escape(word)}\b", response, flags=re.IGNORECASE) for word in forbidden_words)
+
+
+@constraint("keywords:frequency")
+def keyword_frequency(response: str, *, keyword: str, frequency: int, relation: str = "at least") -> bool:
+    """The keyword occurs at least, or less than, so many times."""
+    return _relation(len(re.findall(re.escape(keyword), response, flags=re.IGNORECASE)), frequency, relation)
+
+
+@constraint("punctuation:no_comma")
+def no_comma(response: str) -> bool:
+    """Contains no comma."""
+    return "," not in response
+
+
+@constraint("length_constraints:number_words")
+def number_words(response: str, *, num_words: int, relation: str = "at least") -> bool:
+    """At least, or less than, so many words (runs of word characters)."""
+    return _relation(len(re.findall(r"\w+", response)), num_words, relation)
+
+
+@constraint("detectable_content:number_placeholders")
+def number_placeholders(response: str, *, num_placeholders: int) -> bool:
+    """At least so many placeholders in square brackets."""
+    return len(re.findall(r"\[.*?\]", response)) >= num_placeholders
+
+
+@constraint("detectable_format:title")
+def title(response: str) -> bool:
+    """Has a title in double angle brackets that is not blank."""
+    return any(found.strip("<> \t") for found in re.findall(r"<<[^\n]+>>", response))
+
+
+@constraint("detectable_format:json_format")
+def json_format(response: str) -> bool:
+    """The whole response is JSON, perhaps in a Markdown fence."""
+    text = response.strip()
+    for fence in ("```json", "```Json", "```JSON", "```"):
+        text = text.removeprefix(fence)
+    try:
+        json.loads(text.removesuffix("```").strip())
+    except ValueError:
+        return False
+    return True
+
+
+def _detect_language(text: str) -> str | None:
+    """ISO code of the language, None where there is nothing to detect it by.
+
+    Raises:
+        ValueError: langdetect is not installed.
+    """
+    try:
+        from langdetect import DetectorFactory, LangDetectException, detect
+    except ImportError:
+        raise ValueError(
+            "ifeval: instruction 'language:response_language' needs langdetect: pip install 'tulu_hpc[eval]'"
+        ) from None
+    DetectorFactory.seed = 0  # the detector draws random samples of the text
+    try:
+        return str(detect(text))
+    except LangDetectException:
+        return None
+
+
+@constraint("language:response_language")
+def response_language(response: str, *, language: str) -> bool:
+    """langdetect names this language (ISO code); a response without letters counts as right, as in IFEval."""
+    return _detect_language(response) in (language, None)
+
+
+@constraint("content:words_from_set")
+def words_from_set(response: str, *, words: Sequence[str], at_least: int = 2) -> bool:
+    """At least so many different words of the set, whole and in any case.
+
+    Not an IFEval instruction: it keeps an answer on its subject, so that a constraint cannot be met by saying nothing.
+    """
+    return len({word.lower() for word in words} & set(re.findall(r"\w+", response.lower()))) >= at_least

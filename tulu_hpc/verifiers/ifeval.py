@@ -1,0 +1,156 @@
+"""Verifiable instructions: several constraints on one response, scored strictly, loosely, or as Tulu 3's code did.
+
+Ground truths come in two formats, each perhaps as JSON text or wrapped in a list:
+`{"func_name": "validate_lowercase", "N": null, ...}` (the Tulu 3 data) and
+`{"instruction_id": [...], "kwargs": [{...} | null, ...]}` (IFEval and later data; also with `instruction_id_list`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tulu_hpc.verifiers.constraints import CONSTRAINTS, check_arguments
+from tulu_hpc.verifiers.registry import Verdict, register
+
+Instruction = tuple[str, dict[str, Any]]
+
+# Tulu 3's function -> (instruction id, its argument name -> ours).
+_FUNCTIONS: dict[str, tuple[str, dict[str, str]]] = {
+    "verify_bullet_points": ("detectable_format:number_bullet_lists", {"N": "num_bullets"}),
+    "validate_lowercase": ("change_case:english_lowercase", {}),
+    "validate_uppercase": ("change_case:english_capital", {}),
+    "validate_end": ("startend:end_checker", {"end_phrase": "end_phrase"}),
+    "validate_quotation": ("startend:quotation", {}),
+    "verify_keywords": ("keywords:existence", {"keyword_list": "keywords"}),
+    "validate_forbidden_words": ("keywords:forbidden_words", {"forbidden_words": "forbidden_words"}),
+    "validate_no_commas": ("punctuation:no_comma", {}),
+    "validate_placeholders": ("detectable_content:number_placeholders", {"N": "num_placeholders"}),
+    "validate_title": ("detectable_format:title", {}),
+    "validate_json_format": ("detectable_format:json_format", {}),
+    "validate_response_language": ("language:response_language", {"language": "language"}),
+}
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+# What the paper's code did: other rules than IFEval's for case, ends, quotes and words, and placeholders always right.
+_COMPAT: dict[str, Callable[..., bool]] = {
+    "verify_bullet_points": lambda text, N: sum(line.strip().startswith(("*", "-")) for line in text.split("\n")) == N,
+    "validate_lowercase": lambda text: text == text.lower(),
+    "validate_uppercase": lambda text: text == text.upper(),
+    "validate_end": lambda text, end_phrase: text.endswith(end_phrase),
+    "validate_quotation": lambda text: text.startswith('"') and text.endswith('"'),
+    "verify_keywords": lambda text, keyword_list: all(word.lower() in text.lower() for word in keyword_list),
+    "validate_forbidden_words": lambda text, forbidden_words: (
+        not any(w.lower() in text.lower() for w in forbidden_words)
+    ),
+    "validate_no_commas": lambda text: "," not in text,
+    "validate_placeholders": lambda text, N: True,
+    "validate_title": lambda text: bool(re.findall(r"<<(.*?)>>", text)),
+    "validate_json_format": _is_json,
+    "validate_response_language": CONSTRAINTS["language:response_language"],
+}
+
+
+def parse_instructions(truth: Any) -> list[Instruction]:
+    """Instruction ids and arguments of a ground truth in either format; arguments that are null are dropped.
+
+    Raises:
+        ValueError: naming the instruction, function or argument that is wrong.
+    """
+    truth = _mapping(truth)
+    if "func_name" in truth:
+        name, given = _function(truth)
+        if name not in _FUNCTIONS:
+            raise ValueError(f"ifeval: unknown func_name {name!r}; known: {', '.join(sorted(_FUNCTIONS))}")
+        instruction_id, names = _FUNCTIONS[name]
+        # The data carries the arguments of all functions in each row, null or stale: only those of this one are read.
+        instructions = [(instruction_id, {ours: given[theirs] for theirs, ours in names.items() if theirs in given})]
+    else:
+        ids = truth.get("instruction_id", truth.get("instruction_id_list"))
+        if not isinstance(ids, list) or not ids:
+            raise ValueError(f"ifeval: a ground truth needs func_name or a list instruction_id, got {sorted(truth)}")
+        kwargs = truth.get("kwargs") or [None] * len(ids)
+        if len(kwargs) != len(ids):
+            raise ValueError(f"ifeval: {len(ids)} instructions but {len(kwargs)} kwargs")
+        instructions = [
+            (name, {key: value for key, value in (given or {}).items() if value is not None})
+            for name, given in zip(ids, kwargs, strict=True)
+        ]
+    for instruction_id, arguments in instructions:
+        check_arguments(instruction_id, arguments)
+    return instructions
+
+
+def follow_strict(response: str, instructions: list[Instruction]) -> list[bool]:
+    """IFEval's strict accuracy: one truth value per instruction; an empty response follows none."""
+    return [bool(response.strip()) and CONSTRAINTS[name](response, **kwargs) for name, kwargs in instructions]
+
+
+def follow_loose(response: str, instructions: list[Instruction]) -> list[bool]:
+    """IFEval's loose accuracy: an instruction is followed if one of eight variants of the response follows it.
+
+    The variants drop the first line, the last line, or both, each with and without Markdown asterisks.
+    """
+    lines = response.split("\n")
+    cuts = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
+    variants = [text for cut in cuts for text in (cut, cut.replace("*", "")) if text.strip()]
+    return [any(CONSTRAINTS[name](text, **kwargs) for text in variants) for name, kwargs in instructions]
+
+
+def _mapping(truth: Any) -> Mapping[str, Any]:
+    while isinstance(truth, str) or (isinstance(truth, list) and len(truth) == 1):
+        if isinstance(truth, list):
+            truth = truth[0]
+            continue
+        try:
+            truth = json.loads(truth)
+        except ValueError as error:
+            raise ValueError(f"ifeval: ground truth is not JSON ({error}): {truth!r:.100}") from None
+    if not isinstance(truth, Mapping):
+        raise ValueError(f"ifeval: ground truth must be a mapping, got {truth!r:.100}")
+    return truth
+
+
+def _function(truth: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    arguments = {key: value for key, value in truth.items() if key != "func_name" and value is not None}
+    return truth["func_name"], arguments
+
+
+def _check(truth: Any) -> None:
+    parse_instructions(truth)
+
+
+@register("ifeval", rules=["fixed"], check=_check)
+def verify_ifeval(completion: str, truth: Any, record: Mapping[str, Any]) -> Verdict:
+    """1 if every instruction is followed (prompt-level strict); metrics: the loose and the per-instruction scores."""
+    instructions = parse_instructions(truth)
+    strict, loose = follow_strict(completion, instructions), follow_loose(completion, instructions)
+    missed = [name for (name, _), good in zip(instructions, strict, strict=True) if not good]
+    metrics = {
+        "loose": float(all(loose)),
+        "instruction_strict": sum(strict) / len(strict),
+        "instruction_loose": sum(loose) / len(loose),
+    }
+    return Verdict(float(all(strict)), f"not followed: {', '.join(missed)}" if missed else "followed", metrics)
+
+
+@register("ifeval", rules=["tulu3-compat"], check=_check)
+def verify_ifeval_compat(completion: str, truth: Any, record: Mapping[str, Any]) -> Verdict:
+    """The rule of the paper's code for `func_name` ground truths; the other format is scored as in `fixed`."""
+    mapping = _mapping(truth)
+    if "func_name" not in mapping:
+        return verify_ifeval(completion, truth, record)
+    name, arguments = _function(mapping)
+    wanted = _FUNCTIONS[name][1]
+    good = _COMPAT[name](completion.strip(), **{key: arguments[key] for key in wanted})
+    return Verdict(float(good), "followed" if good else f"not followed: {name}")

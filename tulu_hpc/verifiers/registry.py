@@ -1,0 +1,130 @@
+"""Verifiers by name, in two rule sets.
+
+`tulu3-compat` scores as the code behind the Tulu 3 paper did, its mistakes included, so that its runs can be repeated;
+`fixed` scores what was meant. A record names its verifiers in `dataset` and gives each its `ground_truth`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+RULE_SETS = ("fixed", "tulu3-compat")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier says of one completion.
+
+    Attributes:
+        score: in [0, 1].
+        reason: one line for people.
+        metrics: further figures of the same completion, e.g. IFEval's loose score.
+    """
+
+    score: float
+    reason: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+Verifier = Callable[[str, Any, Mapping[str, Any]], Verdict]  # (completion, ground truth, record)
+Check = Callable[[Any], None]  # raises ValueError for a ground truth that the verifier cannot use
+
+_VERIFIERS: dict[tuple[str, str], tuple[Verifier, Check | None]] = {}
+
+
+def register(
+    name: str, *, rules: Sequence[str] = RULE_SETS, check: Check | None = None
+) -> Callable[[Verifier], Verifier]:
+    """Decorator: make a verifier available under `name` (case does not matter) in the given rule sets.
+
+    Raises:
+        ValueError: unknown rule set, or the name is taken.
+    """
+
+    def add(verifier: Verifier) -> Verifier:
+        for rule_set in rules:
+            _require_rules(rule_set)
+            key = (rule_set, name.lower())
+            if key in _VERIFIERS:
+                raise ValueError(f"verifier {name!r} is already registered in {rule_set!r}")
+            _VERIFIERS[key] = (verifier, check)
+        return verifier
+
+    return add
+
+
+def verifier_names(rules: str = "fixed") -> list[str]:
+    """Names that records may use in `dataset`."""
+    _require_rules(rules)
+    return sorted(name for rule_set, name in _VERIFIERS if rule_set == rules)
+
+
+def check_record(record: Mapping[str, Any], rules: str = "fixed") -> None:
+    """Refuse a record that cannot be verified, before any time is spent on it.
+
+    Raises:
+        ValueError: naming the field, the unknown verifier, or what is wrong with the ground truth.
+    """
+    for name, truth in _tasks_of(record):
+        check = _lookup(name, rules)[1]
+        if check is not None:
+            check(truth)
+
+
+def verify(record: Mapping[str, Any], completion: str, rules: str = "fixed") -> Verdict:
+    """Score one completion of a record; with several verifiers the mean of their scores.
+
+    Args:
+        record: `dataset` (a name or a list of names) and `ground_truth` (a value, or a list as long as `dataset`);
+            further fields are handed to the verifiers.
+        completion: text of the answer, without prompt and without end-of-text.
+        rules: rule set, one of `RULE_SETS`.
+
+    Raises:
+        ValueError: as `check_record`, or a verifier gave a score outside [0, 1].
+    """
+    verdicts: list[tuple[str, Verdict]] = []
+    for name, truth in _tasks_of(record):
+        verdict = _lookup(name, rules)[0](completion, truth, record)
+        if not (math.isfinite(verdict.score) and 0.0 <= verdict.score <= 1.0):
+            raise ValueError(f"verifier {name!r} gave the score {verdict.score}, outside [0, 1]")
+        verdicts.append((name, verdict))
+    if len(verdicts) == 1:
+        return verdicts[0][1]
+    metrics = {f"{name}/{key}": value for name, verdict in verdicts for key, value in verdict.metrics.items()}
+    score = sum(verdict.score for _, verdict in verdicts) / len(verdicts)
+    return Verdict(score, "; ".join(f"{name}: {verdict.reason}" for name, verdict in verdicts), metrics)
+
+
+def _tasks_of(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    for key in ("dataset", "ground_truth"):
+        if key not in record:
+            raise ValueError(f"a record to verify needs the field {key!r}; it has {sorted(record)}")
+    names, truths = record["dataset"], record["ground_truth"]
+    if isinstance(names, str):
+        # One verifier: a list is its own ground truth, unless it only wraps the value.
+        wrapped = isinstance(truths, list) and len(truths) == 1
+        return [(names, truths[0] if wrapped else truths)]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"field 'dataset' must be a name or a list of names, got {names!r}")
+    if not isinstance(truths, list) or len(truths) != len(names):
+        raise ValueError(
+            f"field 'ground_truth' must be a list as long as 'dataset' ({len(names)}), got {truths!r:.200}"
+        )
+    return list(zip(names, truths, strict=True))
+
+
+def _lookup(name: str, rules: str) -> tuple[Verifier, Check | None]:
+    _require_rules(rules)
+    found = _VERIFIERS.get((rules, name.lower()))
+    if found is None:
+        raise ValueError(f"unknown verifier {name!r} in rule set {rules!r}; known: {', '.join(verifier_names(rules))}")
+    return found
+
+
+def _require_rules(rules: str) -> None:
+    if rules not in RULE_SETS:
+        raise ValueError(f"unknown rule set {rules!r}; known: {', '.join(RULE_SETS)}")

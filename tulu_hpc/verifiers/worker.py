@@ -1,0 +1,101 @@
+"""A verifier worker: `python -m tulu_hpc.verifiers.worker`, started and killed by `sandbox.VerifierPool`.
+
+Frames on stdin and stdout are a 4-byte big-endian length and JSON. The worker first sends `{"ready": true}`; then each
+request `{"rules": ..., "tasks": [[record, completion], ...]}` is answered by one frame per task, in order:
+`{"index": i, "score": ..., "reason": ..., "metrics": {...}}` or `{"index": i, "error": ...}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import json
+import os
+import signal
+import struct
+import sys
+from typing import Any, BinaryIO
+
+from tulu_hpc.verifiers.registry import verify
+
+HEADER = struct.Struct(">I")
+REASON_CHARACTERS = 500
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask Linux to kill this process when its parent goes (elsewhere the end of stdin has to do).
+
+    A worker that hangs in a verdict does not read, so the end of stdin alone would leave an orphan.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # the parent went before the request
+        os._exit(0)
+
+
+def limit_memory(mebibytes: int) -> None:
+    """Bound the address space, so that a verdict runs out of memory alone."""
+    import resource  # not on every platform
+
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = mebibytes * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def read_frame(stream: BinaryIO) -> Any:
+    """The next frame, or None at the end of the stream."""
+    header = stream.read(HEADER.size)
+    if len(header) < HEADER.size:
+        return None
+    (size,) = HEADER.unpack(header)
+    body = stream.read(size)
+    return json.loads(body) if len(body) == size else None
+
+
+def encode_frame(message: Any) -> bytes:
+    body = json.dumps(message).encode()
+    return HEADER.pack(len(body)) + body
+
+
+def _answer(index: int, record: dict[str, Any], completion: str, rules: str) -> dict[str, Any]:
+    try:
+        verdict = verify(record, completion, rules)
+    except Exception as error:  # the border of foreign code: whatever it raises costs this one verdict
+        return {"index": index, "error": f"{type(error).__name__}: {error}"[:REASON_CHARACTERS]}
+    return {
+        "index": index,
+        "score": float(verdict.score),
+        "reason": verdict.reason[:REASON_CHARACTERS],
+        "metrics": dict(verdict.metrics),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--memory-mib", type=int, default=0)
+    parser.add_argument("--module", action="append", default=[])
+    arguments = parser.parse_args()
+    die_with_parent(arguments.parent)
+    # Frames go through private copies: what a verifier prints or reads must not reach the pipes.
+    source = os.fdopen(os.dup(0), "rb")
+    sink = os.fdopen(os.dup(1), "wb")
+    with open(os.devnull, "r+b") as null:
+        os.dup2(null.fileno(), 0)
+        os.dup2(null.fileno(), 1)
+    for module in ["tulu_hpc.verifiers", *arguments.module]:
+        importlib.import_module(module)
+    if arguments.memory_mib:
+        limit_memory(arguments.memory_mib)
+    sink.write(encode_frame({"ready": True}))
+    sink.flush()
+    while (request := read_frame(source)) is not None:
+        for index, (record, completion) in enumerate(request["tasks"]):
+            sink.write(encode_frame(_answer(index, record, completion, request["rules"])))
+            sink.flush()
+
+
+if __name__ == "__main__":
+    main()
