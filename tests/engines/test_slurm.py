@@ -145,8 +145,9 @@ def test_saved_requeued_and_finished_equals_uninterrupted(
     assert 2 <= stopped_at < STEPS, "the run was over before the signal arrived: give it more steps"
     assert list((job.run_dir / "checkpoints").glob("step_*"))
     assert not (job.run_dir / "preempted").exists()
-    # Slurm holds a requeued job back for about two minutes; start it now.
-    cluster.run("scontrol", "update", f"jobid={job_id}", "StartTime=now")
+    # Slurm holds a requeued job back for about two minutes. Shorten that, but not to nothing: a job that starts in the
+    # second in which it was requeued is taken by slurmd for the old one, whose credential is revoked.
+    cluster.run("scontrol", "update", f"jobid={job_id}", "StartTime=now+3")
     state = cluster.wait_for_state(job_id, {"COMPLETED", "FAILED"}, seconds=300)
     text = outputs(job.run_dir)
     assert state == "COMPLETED", text
