@@ -106,11 +106,6 @@ def test_a_rank_without_items_gets_one_empty_pack() -> None:
     assert all(len(step.packs) == 1 for step in steps)
 
 
-def test_packs_are_filled_up_to_a_multiple() -> None:
-    for step in loader(packs_multiple=3):
-        assert len(step.packs) % 3 == 0
-
-
 def test_a_long_group_is_split_with_its_prompt_repeated() -> None:
     group = Item(
         "group",

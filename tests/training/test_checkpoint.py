@@ -19,6 +19,7 @@ from tulu_hpc.config.schema import ParallelSection
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
 from tulu_hpc.training import checkpoint
 from tulu_hpc.training import optimizer as repairs
+from tulu_hpc.training import trainer as trainer_module
 from tulu_hpc.training.step import train_step
 from tulu_hpc.training.trainer import Trainer
 
@@ -29,6 +30,11 @@ ORIGINAL_COPY = megatron_distributed.DistributedOptimizer._set_main_param_and_op
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_model(tmp_path_factory.mktemp("model") / "hf")
+
+
+@pytest.fixture(scope="module")
+def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("tied") / "hf", tiny.TIED)
 
 
 def step(trainer: Trainer, groups: Groups, parallel: ParallelSection, number: int) -> tuple[float, float]:
@@ -48,10 +54,12 @@ def adam_state(trainer: Trainer) -> list[Tensor]:
     return tensors
 
 
-def save_and_continue(model: Path, directory: Path, parallel: ParallelSection) -> dict[str, Any]:
+def save_and_continue(
+    model: Path, directory: Path, parallel: ParallelSection, dtype: str = "float32"
+) -> dict[str, Any]:
     """Two steps, save, a third step."""
     groups = initialize(layout_of(parallel), seed=1)
-    trainer = tiny.make_trainer(model, groups, parallel)
+    trainer = tiny.make_trainer(model, groups, parallel, dtype=dtype)
     for number in range(2):
         step(trainer, groups, parallel, number)
     checkpoint.save(trainer, directory, {"loader": {"position": 2}})
@@ -59,10 +67,12 @@ def save_and_continue(model: Path, directory: Path, parallel: ParallelSection) -
     return {"third": third, "weights": tiny.weights(trainer), "adam": adam_state(trainer), "noise": torch.rand(3)}
 
 
-def load_and_continue(model: Path, directory: Path, parallel: ParallelSection) -> dict[str, Any]:
+def load_and_continue(
+    model: Path, directory: Path, parallel: ParallelSection, dtype: str = "float32"
+) -> dict[str, Any]:
     """A fresh trainer, load, the third step. Other generators are at another place before the load."""
     groups = initialize(layout_of(parallel), seed=99)
-    trainer = tiny.make_trainer(model, groups, parallel)
+    trainer = tiny.make_trainer(model, groups, parallel, dtype=dtype)
     found = checkpoint.load_latest(trainer, directory)
     assert found == (2, {"loader": {"position": 2}})
     third = step(trainer, groups, parallel, 2)
@@ -79,17 +89,40 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("name", SAME)
-def test_same_layout_is_bitwise(model: Path, tmp_path: Path, name: str) -> None:
-    world, options = SAME[name]
-    parallel = ParallelSection(**options)
-    kept = run_forked(world, save_and_continue, model, tmp_path, parallel)
-    resumed = run_forked(world, load_and_continue, model, tmp_path, parallel)
+def assert_bitwise(kept: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:
     for a, b in zip(kept, resumed, strict=True):
         assert a["third"] == b["third"]
         assert all(torch.equal(x, y) for x, y in zip(a["adam"], b["adam"], strict=True))
         assert torch.equal(a["noise"], b["noise"]), "generators are part of the checkpoint"
     assert all(torch.equal(kept[0]["weights"][k], resumed[0]["weights"][k]) for k in kept[0]["weights"])
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_same_layout_is_bitwise(model: Path, tmp_path: Path, name: str) -> None:
+    world, options = SAME[name]
+    parallel = ParallelSection(**options)
+    kept = run_forked(world, save_and_continue, model, tmp_path, parallel)
+    assert_bitwise(kept, run_forked(world, load_and_continue, model, tmp_path, parallel))
+
+
+@pytest.mark.parametrize(("world", "options"), [(1, {}), (2, {}), (2, {"tensor": 2}), (2, {"pipeline": 2})])
+def test_bf16_with_fp32_masters_is_bitwise(model: Path, tmp_path: Path, world: int, options: dict[str, Any]) -> None:
+    parallel = ParallelSection(**options)
+    kept = run_forked(world, save_and_continue, model, tmp_path, parallel, "bfloat16")
+    assert_bitwise(kept, run_forked(world, load_and_continue, model, tmp_path, parallel, "bfloat16"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("world", "options"), [(2, {"pipeline": 2}), (2, {"pipeline": 2, "virtual_pipeline": 2}), (4, {"pipeline": 2})]
+)
+def test_several_gradient_buckets_are_bitwise(
+    tied_model: Path, tmp_path: Path, world: int, options: dict[str, Any], dtype: str
+) -> None:
+    """Tied embeddings over pipeline stages: a bucket of their own, padded before the next one (repair 5)."""
+    parallel = ParallelSection(**options)
+    kept = run_forked(world, save_and_continue, tied_model, tmp_path, parallel, dtype)
+    assert_bitwise(kept, run_forked(world, load_and_continue, tied_model, tmp_path, parallel, dtype))
 
 
 @pytest.mark.parametrize(
@@ -108,6 +141,27 @@ def test_another_layout_continues_the_same_training(
     other = run_forked(loaded[0], load_and_continue, model, tmp_path, ParallelSection(**loaded[1]))[0]
     assert other["third"] == pytest.approx(kept["third"], rel=1e-5)
     assert tiny.largest_difference(other["weights"], kept["weights"], relative=False) <= 1e-4
+
+
+@pytest.mark.parametrize("loaded", [(1, {}), (2, {"tensor": 2}), (2, {})])
+def test_several_gradient_buckets_at_another_layout(
+    tied_model: Path, tmp_path: Path, loaded: tuple[int, dict[str, Any]]
+) -> None:
+    kept = run_forked(2, save_and_continue, tied_model, tmp_path, ParallelSection(pipeline=2))[0]
+    other = run_forked(loaded[0], load_and_continue, tied_model, tmp_path, ParallelSection(**loaded[1]))[0]
+    assert other["third"] == pytest.approx(kept["third"], rel=1e-5)
+    assert tiny.largest_difference(other["weights"], kept["weights"], relative=False) <= 1e-4
+
+
+def test_overlapped_reduction_in_small_buckets(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a model of more than 40M parameters per rank has them."""
+    original = trainer_module.DistributedDataParallelConfig
+    monkeypatch.setattr(
+        trainer_module, "DistributedDataParallelConfig", lambda **options: original(**{**options, "bucket_size": 5000})
+    )
+    parallel = ParallelSection(overlap_grad_reduce=True, overlap_param_gather=True)
+    kept = run_forked(2, save_and_continue, model, tmp_path, parallel)
+    assert_bitwise(kept, run_forked(2, load_and_continue, model, tmp_path, parallel))
 
 
 def truncate(path: Path) -> None:
@@ -228,3 +282,11 @@ class TestRepairs:
             step(bad, groups, PLAIN, 2)
             assert repairs.optimizer_step(bad.optimizer) > 3, "megatron no longer shares the step: drop the repair"
             assert tiny.largest_difference(tiny.weights(bad), tiny.weights(good), relative=False) > 1e-5
+
+    def test_places_in_padded_buckets(self, tied_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without the repair a resumed run has other weights, and nothing says so."""
+        parallel = ParallelSection(pipeline=2)
+        monkeypatch.setattr(repairs, "_sharded_state", repairs.MEGATRON_SHARDED_STATE)
+        kept = run_forked(2, save_and_continue, tied_model, tmp_path, parallel)[0]
+        resumed = run_forked(2, load_and_continue, tied_model, tmp_path, parallel)[0]
+        assert tiny.largest_difference(resumed["weights"], kept["weights"], relative=False) > 1e-2

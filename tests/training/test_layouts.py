@@ -45,6 +45,17 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     },
 }
 CASES = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts]
+TIED: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"one process": {}},
+    2: {name: LAYOUTS[2][name] for name in ("tp2 sp", "pp2", "pp2 vpp2", "cp2", "dp2 distributed optimizer")},
+    4: {
+        "tp2 pp2": {"tensor": 2, "pipeline": 2},
+        "pp2 dp2 overlap": {"pipeline": 2, "overlap_grad_reduce": True},
+        "pp2 cp2": {"pipeline": 2, "context": 2},
+    },
+}
+TIED_CASES = [(world, name) for world, layouts in TIED.items() for name in layouts]
+Results = dict[tuple[int, str], Any]
 
 
 def run_all(model: Path, layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -56,21 +67,27 @@ def run_all(model: Path, layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return results
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], Any]:
-    model = tiny.write_model(tmp_path_factory.mktemp("model") / "hf")
-    found = {world: run_forked(world, run_all, model, layouts) for world, layouts in LAYOUTS.items()}
+def run_layouts(model: Path, layouts_of_world: dict[int, dict[str, dict[str, Any]]]) -> Results:
+    found = {world: run_forked(world, run_all, model, layouts) for world, layouts in layouts_of_world.items()}
     for per_rank in found.values():  # every rank must report the same losses, norms and metrics
         for rank_result in per_rank[1:]:
             for name, result in rank_result.items():
                 for key in ("losses", "norms", "metrics"):
                     assert result[key] == per_rank[0][name][key], (name, key)
-    return {(world, name): found[world][0][name] for world, name in CASES}
+    return {(world, name): per_rank[0][name] for world, per_rank in found.items() for name in per_rank[0]}
 
 
-@pytest.mark.parametrize(("world", "name"), CASES)
-def test_same_training_at_any_layout(results: dict[tuple[int, str], Any], world: int, name: str) -> None:
-    found, wanted = results[world, name], results[1, "one process"]
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_layouts(tiny.write_model(tmp_path_factory.mktemp("model") / "hf"), LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def tied_results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_layouts(tiny.write_model(tmp_path_factory.mktemp("tied") / "hf", tiny.TIED), TIED)
+
+
+def compare(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     for step in range(len(STEPS)):
         for key, value in wanted["metrics"][step].items():
             assert found["metrics"][step][key] == pytest.approx(value, abs=1e-5, rel=1e-5), (step, key)
@@ -80,7 +97,17 @@ def test_same_training_at_any_layout(results: dict[tuple[int, str], Any], world:
     assert tiny.largest_difference(found["weights"], wanted["weights"], relative=False) <= 1e-4
 
 
-def test_training_changes_the_weights(results: dict[tuple[int, str], Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world", "name"), CASES)
+def test_same_training_at_any_layout(results: Results, world: int, name: str) -> None:
+    compare(results[world, name], results[1, "one process"])
+
+
+@pytest.mark.parametrize(("world", "name"), TIED_CASES)
+def test_same_training_with_tied_embeddings(tied_results: Results, world: int, name: str) -> None:
+    compare(tied_results[world, name], tied_results[1, "one process"])
+
+
+def test_training_changes_the_weights(results: Results, tmp_path: Path) -> None:
     """Otherwise the comparison above would compare nothing."""
     final = results[1, "one process"]["weights"]
     from safetensors.torch import load_file

@@ -18,7 +18,7 @@ from tulu_hpc.objectives.terms import Terms
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
 from tulu_hpc.training import reference
 from tulu_hpc.training.normalisation import global_counts
-from tulu_hpc.training.runner import forward_logprobs
+from tulu_hpc.training.runner import Runner
 from tulu_hpc.training.schedule import Schedule
 from tulu_hpc.training.step import NonFiniteError, train_step
 from tulu_hpc.training.trainer import build_trainer, load_model
@@ -137,12 +137,12 @@ def test_schedule_ends_at_the_final_ratio() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"tensor": 2}, {"pipeline": 2}, {"context": 2}])
-def test_forward_logprobs_on_every_rank(model: Path, options: dict[str, Any]) -> None:
+def test_logprobs_on_every_rank(model: Path, options: dict[str, Any]) -> None:
     def compute(parallel: ParallelSection) -> list[torch.Tensor]:
         groups = initialize(layout_of(parallel), seed=1)
         chunks = load_model(ModelSection(path=str(model)), groups, tiny.ARCHITECTURE)
         packs = [pack(tiny.make_items(letters), multiple=2) for letters in ("sp", "gps", "s")]
-        found = forward_logprobs(chunks, packs, groups, architecture=tiny.ARCHITECTURE)
+        found = Runner.create(chunks, groups, tiny.ARCHITECTURE).logprobs(packs)
         assert [f.numel() for f in found] == [p.num_targets for p in packs]
         return found
 
@@ -250,3 +250,15 @@ class TestReferenceCache:
         assert reference.item_key(moved) != reference.item_key(one)
         swapped = Item("pair", one.responses[::-1], prompt=one.prompt, id=one.id)
         assert reference.item_key(swapped) != reference.item_key(one)
+
+
+def test_late_gathering_with_a_shared_embedding_is_refused(tmp_path: Path) -> None:
+    model = tiny.write_model(tmp_path / "hf", tiny.TIED)
+    overlap = ParallelSection(pipeline=2, overlap_grad_reduce=True, overlap_param_gather=True)
+
+    def build() -> str:
+        with pytest.raises(ValueError, match="overlap_param_gather does not work with tied") as error:
+            tiny.make_trainer(model, initialize(layout_of(overlap), seed=1), overlap)
+        return str(error.value)
+
+    assert "parallel.pipeline = 2" in run_forked(2, build)[0]

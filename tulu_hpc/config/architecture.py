@@ -82,7 +82,10 @@ class Architecture(BaseModel):
         path = Path(directory) / "config.json"
         if not path.is_file():
             raise ValueError(f"{path}: not found; model.path must be a Hugging Face model directory")
-        raw = json.loads(path.read_text())
+        try:
+            raw = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: not valid JSON: {error}") from error
         if raw.get("model_type") != "llama":
             raise ValueError(f"{path}: model_type {raw.get('model_type')!r} is not supported (llama only)")
         for key, wanted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
@@ -94,10 +97,18 @@ class Architecture(BaseModel):
         if kind == "default":
             scaling = None
         elif kind == "llama3":
-            scaling = RopeScaling(**{k: v for k, v in rope.items() if k in RopeScaling.model_fields})
+            try:
+                scaling = RopeScaling(**{k: v for k, v in rope.items() if k in RopeScaling.model_fields})
+            except ValueError as error:
+                raise ValueError(f"{path}: rope_scaling: {error}") from error
         else:
             raise ValueError(f"{path}: rope_type {kind!r} is not supported (default or llama3)")
         names = set(cls.model_fields) - {"rope_theta", "rope_scaling"}
         known = {k: raw[k] for k in names if raw.get(k) is not None}
         known.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
-        return cls(**known, rope_theta=theta, rope_scaling=scaling)
+        # What transformers takes for a key that is not there, which is not what Llama 3 has.
+        known = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, **known}
+        try:
+            return cls(**known, rope_theta=theta, rope_scaling=scaling)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error

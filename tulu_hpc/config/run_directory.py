@@ -19,9 +19,17 @@ from tulu_hpc.config.schema import RunSection
 
 RESOLVED_CONFIG = "config.resolved.yaml"
 
-# Keys that change neither the numbers nor their meaning; `x.*` is a whole section.
+# Keys that change neither the numbers nor their meaning; `x.*` is a whole section. parallel.distributed_optimizer is
+# not among them: checkpoints hold the optimizer in one form with it, in another without.
 MAY_DIFFER: tuple[str, ...] = (
-    "parallel.*",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.virtual_pipeline",
+    "parallel.context",
+    "parallel.context_split",
+    "parallel.sequence",
+    "parallel.overlap_*",
+    "parallel.account_for_*",
     "telemetry.*",
     "train.log_every",
     "train.save_every",

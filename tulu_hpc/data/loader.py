@@ -120,7 +120,6 @@ class ItemLoader:
         dp_rank, dp_size: this rank's place among the data-parallel ranks.
         pack_rows: most rows of a pack, padding included.
         multiple, share, pad_id: as in `pack`.
-        packs_multiple: fill up with empty packs to a multiple of it (an interleaved pipeline schedule needs that).
 
     Raises:
         ValueError: no items, no length, or an item that fits into no pack (naming its id).
@@ -141,7 +140,6 @@ class ItemLoader:
         multiple: int = 1,
         share: bool = True,
         pad_id: int = 0,
-        packs_multiple: int = 1,
     ) -> None:
         if not items:
             raise ValueError("the data set is empty: there is nothing to train on")
@@ -158,7 +156,6 @@ class ItemLoader:
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._capacity = _usable(pack_rows, multiple)
         self._multiple, self._share, self._pad_id = multiple, share, pad_id
-        self._packs_multiple = packs_multiple
         self._check_sizes()
         self._end = math.inf if epochs is None else max(1, round(epochs * len(items)))
         limits = [] if steps is None else [steps]
@@ -197,8 +194,7 @@ class ItemLoader:
         packs = pack_items(
             mine, capacity=self._capacity, multiple=self._multiple, share=self._share, pad_id=self._pad_id
         )
-        while not packs or len(packs) % self._packs_multiple:
-            packs.append(pack([], multiple=self._multiple, pad_id=self._pad_id))
+        packs = packs or [pack([], multiple=self._multiple, pad_id=self._pad_id)]
         self._position += count
         self._step += 1
         return StepData(packs=packs, item_ids=[item.id for item in batch], num_items_global=count)

@@ -16,10 +16,14 @@ SPLIT = (
 )
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Any:
     """The fast tokenizer of a local Hugging Face directory (a transformers `PreTrainedTokenizerFast`).
 
     Truncation and padding saved with it are switched off: what is cut, we cut and count.
+
+    Args:
+        vocab_size: rows of the model's embedding; a tokenizer that has ids beyond them is refused, because a
+            vocabulary-parallel embedding would read zeros for such a token without a word.
 
     Raises:
         ValueError: the directory has no tokenizer that can be used, saying why.
@@ -35,6 +39,14 @@ def load_tokenizer(path: str | Path) -> Any:
         raise ValueError(f"{directory}: the tokenizer cannot be loaded: {error}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{directory}: need a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__}")
+    if vocab_size is not None:
+        beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= vocab_size)
+        if beyond:
+            named = ", ".join(f"{token!r} = {index}" for index, token in beyond[:3])
+            raise ValueError(
+                f"{directory}: the tokenizer has {len(beyond)} ids beyond the model's vocab_size of {vocab_size} "
+                f"({named}): enlarge the embedding (transformers' resize_token_embeddings) or drop those tokens"
+            )
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer

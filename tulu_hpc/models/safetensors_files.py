@@ -34,7 +34,10 @@ class HfDirectory:
     def _locate(self) -> dict[str, str]:
         index = self.path / INDEX
         if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            try:
+                weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{index}: not an index of safetensors files: {error!r}") from error
             missing = sorted({name for name in weight_map.values() if not (self.path / name).is_file()})
             if missing:
                 raise ValueError(f"{index}: names files that do not exist: {', '.join(missing)}")
@@ -53,11 +56,18 @@ class HfDirectory:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        return tuple(self._file(self.file_of[name]).get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
         """Part of a tensor; only that part is read from the file."""
-        return self._file(self.file_of[name]).get_slice(name)[slices]
+        return self._slice(name)[slices]
+
+    def _slice(self, name: str) -> Any:
+        file = self.file_of[name]
+        try:
+            return self._file(file).get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path / file}: {error}, which {INDEX} says is there") from error
 
     def close(self) -> None:
         self._open.clear()
@@ -118,13 +128,16 @@ def write_shards(
 
 @contextmanager
 def published(target: Path) -> Iterator[Path]:
-    """A fresh directory beside `target` that takes its place when the block ends without an error.
+    """A fresh directory beside `target` that takes its place when the block ends without an error, synced to disk.
 
-    A reader sees the old directory or the whole new one. Leftovers of a killed writer are removed at the next attempt.
+    A killed writer leaves the old directory or the whole new one: between the two renames of a replacement `target` is
+    missing for a moment, and the next call puts the old one back.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.writing")
     previous = target.with_name(f".{target.name}.previous")
+    if previous.exists() and not target.exists():
+        os.rename(previous, target)
     for leftover in (staging, previous):
         if leftover.exists():
             shutil.rmtree(leftover)
@@ -134,8 +147,20 @@ def published(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    for path in [*staging.rglob("*"), staging]:
+        sync_to_disk(path)
     if target.exists():
         os.rename(target, previous)
     os.rename(staging, target)
+    sync_to_disk(target.parent)
     if previous.exists():
         shutil.rmtree(previous)
+
+
+def sync_to_disk(path: Path) -> None:
+    """fsync of a file or directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -98,7 +98,8 @@ def open_model(run: RunSection, model: ModelSection, parallel: ParallelSection) 
             raise ConfigError(f"model.path {model.path}: damaged checkpoint: {problem}")
         checkpoint.load_weights(chunks, source.checkpoint)
         fingerprint = checkpoint.fingerprint(source.checkpoint)
-    return OpenModel(groups, architecture, chunks, load_tokenizer(source.base), source, fingerprint)
+    tokenizer = load_tokenizer(source.base, architecture.vocab_size)
+    return OpenModel(groups, architecture, chunks, tokenizer, source, fingerprint)
 
 
 def _base_of_run(run_dir: Path) -> Path:

@@ -70,7 +70,7 @@ def check(config: RlvrConfig) -> None:
 
 def build(run: Run, config: RlvrConfig, stack: ExitStack) -> Learner:
     """Load prompts, policy and reference; workers of the verifier end with `stack`."""
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model.path, run.architecture.vocab_size)
     prompts = load_prompts(config.data, config.verifier, tokenizer, run.say)
     rlvr = config.rlvr
     trainer = training_run.make_trainer(run, total_steps=config.train.steps * rlvr.epochs * rlvr.minibatches)

@@ -105,7 +105,7 @@ def load_items(run: Run, kind: Literal["sft", "preference"]) -> tuple[list[Item]
         MaskProofError: a conversation whose label mask cannot be proven, with the span.
     """
     data = run.config.data
-    tokenizer = load_tokenizer(run.config.model.path)
+    tokenizer = load_tokenizer(run.config.model.path, run.architecture.vocab_size)
     template = ChatTemplate.load(data.chat_template, tokenizer)
     items: list[Item] = []
     for path in data.path:

@@ -22,6 +22,7 @@ import xxhash
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from tulu_hpc.models.safetensors_files import sync_to_disk
 from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.training import determinism
 from tulu_hpc.training.optimizer import optimizer_step, unshare_steps
@@ -64,11 +65,11 @@ def save(trainer: Trainer, directory: Path, extra: dict[str, Any], *, keep_last:
     hashes = _hashes(partial, _files(partial), groups)
     if groups.is_main:
         _write(partial / MANIFEST, {"format": FORMAT, "step": trainer.step, "files": hashes})
-        _sync_directory(partial)
+        sync_to_disk(partial)
         if final.exists():  # saved before, then resumed from an older one
             _discard(final)
         partial.rename(final)
-        _sync_directory(directory)
+        sync_to_disk(directory)
         for step in valid_steps(directory)[:-keep_last]:
             _discard(directory / f"step_{step}")
     groups.barrier()
@@ -212,14 +213,6 @@ def _write(file: Path, value: dict[str, Any]) -> None:
         json.dump(value, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _discard(path: Path) -> None:

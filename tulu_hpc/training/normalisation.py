@@ -24,18 +24,6 @@ class GlobalCounts:
 
     targets: int
     sequences: int
-    pairs: int
-    rows: int
-
-
-def local_counts(packs: Sequence[PackedBatch]) -> list[int]:
-    """[targets, sequences, pairs, rows] of these packs."""
-    return [
-        sum(pack.num_targets for pack in packs),
-        sum(pack.num_sequences for pack in packs),
-        sum(int(pack.pairs_P2.shape[0]) for pack in packs),
-        sum(pack.num_rows for pack in packs),
-    ]
 
 
 def global_counts(packs: Sequence[PackedBatch], groups: Groups) -> GlobalCounts:
@@ -43,7 +31,7 @@ def global_counts(packs: Sequence[PackedBatch], groups: Groups) -> GlobalCounts:
 
     Not over context-parallel ranks: each of them holds the whole pack's tables, whatever rows it computes.
     """
-    counts = local_counts(packs)
+    counts = [sum(pack.num_targets for pack in packs), sum(pack.num_sequences for pack in packs)]
     if groups.dp_size > 1:
         tensor = torch.tensor(counts, dtype=torch.int64, device=default_device())
         dist.all_reduce(tensor, group=groups.pg.dp)

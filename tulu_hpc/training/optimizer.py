@@ -1,9 +1,9 @@
-"""AdamW through megatron's optimizers, and the one place where their defects on torch's AdamW are repaired.
+"""AdamW through megatron's optimizers, and the one place where their defects are repaired.
 
 megatron-core 0.16.1 is written for the fused Adam of Transformer Engine or Apex, which keeps `step` in the parameter
 group. Here torch's AdamW is used everywhere, also where those packages are installed, so that a checkpoint means the
 same on every machine. With it `step` is a tensor per parameter, and four things in `DistributedOptimizer` go wrong
-around checkpoints:
+around checkpoints (the fifth is wrong with any Adam):
 
 1. `state_dict` asserts that exactly one `step` exists, which fails while the state is empty (a fresh optimizer that is
    about to load): `create_state` makes the state at construction.
@@ -12,6 +12,10 @@ around checkpoints:
    caller for our format, `fully_reshardable`, switches it off; the others do not).
 4. `load_state_dict` gives every parameter the *same* `step` tensor. AdamW then advances it once per parameter, the bias
    correction is wrong and nothing says so: `unshare_steps` after every load.
+5. `sharded_param_state_fully_reshardable` looks parameters up by their place in the padded buffer, in tensors that hold
+   the buckets without their padding. With several buckets (tied embeddings over pipeline stages, or overlapped gradient
+   reduction of a large model) everything after the first padded one is saved shifted, with a warning at most:
+   `_sharded_state` gives it the places without padding.
 
 `Float16OptimizerWithFloat16Params` and `FP32Optimizer` share 1 (their state has no `step` before the first step).
 """
@@ -19,6 +23,7 @@ around checkpoints:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,6 +35,8 @@ from torch import Tensor
 
 from tulu_hpc.config.schema import OptimizerSection
 from tulu_hpc.parallel.layout import Groups
+
+MEGATRON_SHARDED_STATE = megatron_distributed.DistributedOptimizer.sharded_param_state_fully_reshardable
 
 
 def build_optimizer(
@@ -115,7 +122,7 @@ def optimizer_step(optimizer: ChainedOptimizer) -> int:
 
 
 def use_torch_optimizer() -> None:
-    """Make megatron build torch's AdamW whatever else is installed, and repair its state copy (defects 2 and 3).
+    """Make megatron build torch's AdamW whatever else is installed, and repair its checkpoints (defects 2, 3 and 5).
 
     The fused Adams of Transformer Engine and Apex keep no `step` per parameter: the state that `create_state` makes and
     the checkpoints of this module would not fit them.
@@ -124,6 +131,7 @@ def use_torch_optimizer() -> None:
     megatron_distributed.HAVE_APEX_OR_TE = False
     megatron_distributed.USING_TE_OPTIMIZER = megatron_distributed.USING_APEX_OPTIMIZER = False
     megatron_distributed.DistributedOptimizer._set_main_param_and_optimizer_states = _copy_into_state
+    megatron_distributed.DistributedOptimizer.sharded_param_state_fully_reshardable = _sharded_state
 
 
 @torch.no_grad()
@@ -134,3 +142,20 @@ def _copy_into_state(self: Any, model_param: Tensor, tensors: dict[str, Tensor])
     for name, target in {"param": main_param, **self.optimizer.state[main_param]}.items():
         if name != "step":
             target.copy_(tensors[name])
+
+
+def _sharded_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """megatron's function, told where each parameter lies when every bucket has lost its padding (defect 5)."""
+    padded = [buffer.param_index_map for buffer in self.buffers]
+    for buffer in self.buffers:
+        unpadded_starts = accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0)
+        shifts = [bucket.offset - start for bucket, start in zip(buffer.buckets, unpadded_starts, strict=False)]
+        buffer.param_index_map = {
+            parameter: (start - shifts[bucket], end - shifts[bucket], bucket)
+            for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        return MEGATRON_SHARDED_STATE(self, *args, **kwargs)
+    finally:
+        for buffer, places in zip(self.buffers, padded, strict=True):
+            buffer.param_index_map = places

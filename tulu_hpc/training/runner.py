@@ -176,16 +176,3 @@ class Runner:
             pg_collection=self.groups.pg,
         )
         return stored
-
-
-def forward_logprobs(
-    chunks: Sequence[nn.Module],
-    packs: Sequence[PackedBatch],
-    groups: Groups,
-    *,
-    architecture: Architecture,
-    split: Split = "greedy",
-    strategy: Literal["repeat", "merge"] | None = None,
-) -> list[Tensor]:
-    """Log-probs of the targets of `packs` under a model that is not trained here: see `Runner.logprobs`."""
-    return Runner.create(chunks, groups, architecture, split=split, strategy=strategy).logprobs(packs)
