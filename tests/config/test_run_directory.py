@@ -41,6 +41,12 @@ def test_layout_may_differ(tmp_path: Path) -> None:
     assert load_config(run.resolved_config, [], SftConfig).parallel.tensor == 2
 
 
+def test_the_form_of_the_optimizer_state_may_not_differ(tmp_path: Path) -> None:
+    RunDirectory.open(config(tmp_path, "run.dir={root}/a"), verb="sft")
+    with pytest.raises(ConfigError, match=r"parallel\.distributed_optimizer: True -> False"):
+        RunDirectory.open(config(tmp_path, "run.dir={root}/a", "parallel.distributed_optimizer=false"), verb="sft")
+
+
 def test_other_settings_are_refused_with_both_values(tmp_path: Path) -> None:
     RunDirectory.open(config(tmp_path, "run.dir={root}/a"), verb="sft")
     changed = config(tmp_path, "run.dir={root}/a", "optimizer.lr=2e-3", "data.path=e", "train.epochs=2")

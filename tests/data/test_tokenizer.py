@@ -41,3 +41,13 @@ def test_bad_tokenizers_are_refused_by_name(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="vocab_size 256"):
         train_tokenizer(TEXTS, 256)
+
+
+def test_ids_beyond_the_model_are_refused(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS, 400)
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(tmp_path)
+    assert len(load_tokenizer(tmp_path, rows + 1)) == rows + 1
+    with pytest.raises(ValueError, match=rf"1 ids beyond the model's vocab_size of {rows} \('<\|new\|>' = {rows}\)"):
+        load_tokenizer(tmp_path, rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from tests.parallel.forked import WorkerError
 from tests.rlvr import tiny_rlvr
 from tests.rlvr.tiny_rlvr import eval_config, in_processes, prefer_config, rlvr_config
+from tulu_hpc.config.schema import PreferConfig
 from tulu_hpc.data.records import read_records
 from tulu_hpc.rollout import embedded
 from tulu_hpc.stages import evaluate, prefer, rlvr
@@ -162,3 +164,38 @@ def test_preferences_without_any_pair(inputs: Path, tmp_path: Path) -> None:
     greedy = prefer_config(inputs, tmp_path / "pairs.jsonl", rollout__temperature=0.0)
     with pytest.raises(WorkerError, match="temperature"):
         in_processes(_prefer, greedy)
+
+
+def test_lost_verdicts_are_said_and_too_many_stop_the_run(
+    inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken_verifiers.py").write_text(
+        "from tulu_hpc.verifiers import Verdict, register\n"
+        "@register('broken')\n"
+        "def broken(completion, truth, record):\n"
+        "    if truth == 'bad':\n"
+        "        raise OSError('gone')\n"
+        "    return Verdict(float(len(completion) % 2))\n"
+    )
+    data = tmp_path / "prompts.jsonl"
+    rows = [json.loads(line) for line in (inputs / "prompts.jsonl").read_text().splitlines()]
+
+    def run(bad: int, output: str) -> Path:
+        for index, row in enumerate(rows):
+            row |= {"dataset": "broken", "ground_truth": "bad" if index < bad else f"good {index}"}
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        changes = {"data__path": str(data), "verifier__modules": ["broken_verifiers"]}
+        config = prefer_config(inputs, tmp_path / output, prefer__samples_per_prompt=6, **changes)
+
+        def stage(config: PreferConfig) -> Path:
+            sys.path.insert(0, str(tmp_path))
+            return prefer.run(config)
+
+        return in_processes(stage, config)
+
+    with pytest.raises(WorkerError, match=r"prefer: 60 of 72 verdicts were lost \(errors 60\), more than"):
+        run(10, "many.jsonl")
+    assert not (tmp_path / "many.jsonl").exists()
+    statistics = json.loads(run(2, "few.jsonl").with_name("few.jsonl.stats.json").read_text())
+    assert (statistics["verifier"]["verdicts"], statistics["verifier"]["errors"]) == (72, 12)
+    assert "prefer: 12 of 72 verdicts lost (errors 12), each scored 0" in capfd.readouterr().out

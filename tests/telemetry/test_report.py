@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -78,6 +78,7 @@ def _evaluation(directory: Path, data: Path, right: int, shown: bool) -> None:
         "model": {"fingerprint": "f0"},
         "settings": {"temperature": 1.0, "confidence": 0.95},
         "tasks": {"math_dev": summarise(loaded, answers, options)},
+        "verifier": {"verdicts": 12, "timeouts": 1, "crashes": 0, "garbage": 0, "errors": 2, "restarts": 1},
     }
     directory.mkdir()
     (directory / "dev.json").write_text(json.dumps(results))
@@ -132,6 +133,17 @@ def test_report_is_whole_self_contained_and_escaped(inputs: ReportInputs, tmp_pa
     assert "1 of 1" in plain and "1 of 1; removed: 1" in plain.replace("\n", " ")
     assert "2 prompts" in plain and EVIL in plain and EVIL not in text
     assert list(path.parent.iterdir()) == [path]  # nothing half-written beside it
+
+
+def test_answers_before_training_and_lost_verdicts(inputs: ReportInputs, tmp_path: Path) -> None:
+    _evaluation(tmp_path / "initial", tmp_path / "math_dev.jsonl", 0, shown=False)
+    plain = [Outline(), Outline()]
+    for outline, before in zip(plain, (None, tmp_path / "initial"), strict=True):
+        outline.feed(write_report(replace(inputs, before=before), tmp_path / "report.html").read_text())
+    assert "before training" not in plain[0].text and plain[1].text.count("before training") == 1
+    # Three prompts: one more column of answers, all wrong.
+    assert plain[1].text.count("wrong") == plain[0].text.count("wrong") + 3
+    assert "Verdicts lost to timeouts, crashes or errors, each scored 0: SFT 3, RLVR 3." in plain[1].text
 
 
 def test_console_table(inputs: ReportInputs) -> None:

@@ -27,6 +27,7 @@ def _stages(*figures: Working) -> dict[str, list[TaskScores]]:
                 working=each,
                 kinds={},
                 answers=[],
+                lost_verdicts=0,
             )
         ]
         for stage, each in zip(("SFT", "RLVR"), figures, strict=True)

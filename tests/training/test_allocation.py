@@ -7,7 +7,8 @@ put segments of similar length (within 15 %) side by side inside its operator; t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.parallel.forked import single_process
+from tests.parallel.forked import run_forked, single_process
 from tests.training import tiny
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.schema import ModelSection, ParallelSection
@@ -26,15 +27,18 @@ from tulu_hpc.data.loader import pack_items
 from tulu_hpc.data.packed_batch import Item, PackedBatch, TokenSequence
 from tulu_hpc.models.initialise import random_hf_model
 from tulu_hpc.models.llama import TokenLogprobs
+from tulu_hpc.objectives.policy import policy_terms
 from tulu_hpc.objectives.preference import preference_terms
 from tulu_hpc.objectives.terms import Terms, sequence_lengths
 from tulu_hpc.parallel.context import RankBatch
+from tulu_hpc.parallel.layout import Groups, initialize, layout_of
 from tulu_hpc.training.runner import LossFn
 from tulu_hpc.training.step import train_step
 from tulu_hpc.training.trainer import Trainer, build_trainer
 
 # No dimension of the model equals a number of sequences or a length below.
 VOCAB, SEQUENCES, LONGEST = 20011, 14, 37
+BUFFER_MIB = 1  # 13 rows of logits
 ARCHITECTURE = Architecture(
     vocab_size=VOCAB,
     hidden_size=16,
@@ -59,10 +63,20 @@ class Shapes(TorchDispatchMode):
         return result
 
     def padded(self) -> list[tuple[int, ...]]:
-        return [s for s in self.seen if SEQUENCES in s and (LONGEST in s or LONGEST - 1 in s)]
+        """[sequences, longest] side by side or as one dimension, the longest rounded up by 8 or less."""
+        lengths = range(LONGEST - 1, LONGEST + 9)
+        pairs = {(SEQUENCES, n) for n in lengths} | {(n, SEQUENCES) for n in lengths}
+        flat = {SEQUENCES * n for n in lengths}
+        return [s for s in self.seen if pairs & set(pairwise(s)) or flat & set(s)]
 
-    def logits(self, rows: int) -> list[tuple[int, ...]]:
-        return [s for s in self.seen if VOCAB in s and any(d >= rows // 4 and d != VOCAB for d in s)]
+    def logits(self) -> list[tuple[int, ...]]:
+        """More rows of the vocabulary than the buffer has room for (weights are [vocabulary, hidden])."""
+        columns = {VOCAB, (VOCAB + 1) // 2}  # the whole, and the shard of two tensor-parallel ranks
+        return [
+            s
+            for s in self.seen
+            if columns & set(s) and s[1:] != (ARCHITECTURE.hidden_size,) and prod(s) * 4 > BUFFER_MIB * 2**20
+        ]
 
 
 def sequences(kind: str) -> list[Item]:
@@ -74,6 +88,20 @@ def sequences(kind: str) -> list[Item]:
 
     if kind == "sft":
         return [Item("sequence", [TokenSequence(tokens(LONGEST - i))], id=str(i)) for i in range(SEQUENCES)]
+    if kind == "grpo":
+        responses = [tokens(LONGEST - 9 - i) for i in range(SEQUENCES // 2)]
+        columns = {"behaviour_logprobs": [torch.full((len(r),), -9.0) for r in responses]}
+        return [
+            Item(
+                "group",
+                [TokenSequence(r) for r in responses],
+                prompt=tokens(9),
+                per_sequence={"advantage": [float(i) for i in range(len(responses))]},
+                per_target=columns,
+                id=str(group),
+            )
+            for group in range(2)
+        ]
     return [
         Item(
             "pair",
@@ -100,14 +128,29 @@ def loss_of(kind: str) -> LossFn:
             beta=1.0,
         )
 
-    return tiny.sft_only(1.0) if kind == "sft" else dpo
+    def grpo(output: TokenLogprobs, batch: RankBatch) -> Terms:
+        pack = batch.batch
+        return policy_terms(
+            output.logprobs_K,
+            behaviour_logprobs_K=pack.per_target["behaviour_logprobs"],
+            advantages_K=pack.per_sequence["advantage"][pack.sequence_id_K],
+            sequence_id_K=pack.sequence_id_K,
+            lengths_Q=sequence_lengths(pack.sequence_id_K, pack.num_sequences),
+            normalisation="token_mean",
+            global_count=pack.num_targets,
+            clip_low=0.2,
+            clip_high=0.2,
+        )
+
+    return {"sft": tiny.sft_only(1.0), "dpo": dpo, "grpo": grpo}[kind]
 
 
 def observe(trainer: Trainer, pack: PackedBatch, loss: LossFn) -> tuple[Shapes, int]:
-    """Shapes of one step, and the largest allocation (bytes) of another."""
+    """Shapes of a step and of a pass without gradients (a reference), and the largest allocation of another step."""
     train_step(trainer, [pack], loss)
     with Shapes() as shapes:
         train_step(trainer, [pack], loss)
+        trainer.runner.logprobs([pack])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train_step(trainer, [pack], loss)
     # Raw events: the operators' own figures are net of what they free again.
@@ -117,49 +160,77 @@ def observe(trainer: Trainer, pack: PackedBatch, loss: LossFn) -> tuple[Shapes, 
     return shapes, max(sizes)
 
 
-def plant_logits(loss: LossFn, trainer: Trainer) -> LossFn:
-    weight = next(trainer.models[0].parameters())
+def planted(loss: LossFn, *shape: int) -> LossFn:
+    """The same loss, beside a tensor that must not exist."""
 
-    def planted(output: TokenLogprobs, batch: RankBatch) -> Terms:
-        _ = torch.zeros(batch.batch.num_rows, weight.shape[1]) @ weight.detach().t()
+    def with_plant(output: TokenLogprobs, batch: RankBatch) -> Terms:
+        _ = torch.zeros(shape)
         return loss(output, batch)
 
-    return planted
+    return with_plant
 
 
-def plant_padding(loss: LossFn, trainer: Trainer) -> LossFn:
-    def planted(output: TokenLogprobs, batch: RankBatch) -> Terms:
-        _ = torch.zeros(SEQUENCES, LONGEST)
-        return loss(output, batch)
+def make_trainer(folder: Path, groups: Groups, parallel: ParallelSection) -> Trainer:
+    return build_trainer(
+        model=ModelSection(path=str(folder), logprob_buffer_mib=BUFFER_MIB),
+        parallel=parallel,
+        optimizer=tiny.OPTIMIZER,
+        recompute="none",
+        total_steps=10,
+        groups=groups,
+        architecture=ARCHITECTURE,
+    )
 
-    return planted
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "hf"
+    random_hf_model(ARCHITECTURE, folder, seed=0)
+    return folder
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-@pytest.mark.parametrize("plant", [None, plant_logits, plant_padding])
-def test_no_logits_and_no_padding(tmp_path: Path, kind: str, plant: Callable[[LossFn, Trainer], LossFn] | None) -> None:
-    random_hf_model(ARCHITECTURE, tmp_path / "hf", seed=0)
+@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
+def test_no_logits_and_no_padding(model: Path, kind: str) -> None:
     with single_process() as groups:
-        trainer = build_trainer(
-            model=ModelSection(path=str(tmp_path / "hf"), logprob_buffer_mib=1),
-            parallel=ParallelSection(),
-            optimizer=tiny.OPTIMIZER,
-            recompute="none",
-            total_steps=10,
-            groups=groups,
-            architecture=ARCHITECTURE,
-        )
-        items = sequences(kind)
-        (pack,) = pack_items(items, capacity=4096)
-        loss = loss_of(kind)
-        shapes, largest = observe(trainer, pack, loss if plant is None else plant(loss, trainer))
-    # A quarter of the pack's logits; the largest legitimate buffer is the gradient of the embedding.
-    limit = pack.num_rows * VOCAB * 4 // 4
-    assert VOCAB * ARCHITECTURE.hidden_size * 4 < limit
-    if plant is plant_logits:
-        assert shapes.logits(pack.num_rows) and largest > limit
-    elif plant is plant_padding:
-        assert shapes.padded()
-    else:
-        assert shapes.logits(pack.num_rows) == [] and largest < limit, largest
-        assert shapes.padded() == []
+        trainer = make_trainer(model, groups, ParallelSection())
+        (pack,) = pack_items(sequences(kind), capacity=4096)
+        shapes, largest = observe(trainer, pack, loss_of(kind))
+    assert shapes.logits() == [] and shapes.padded() == []
+    # The largest legitimate buffers are the gradient of the embedding and the block of logits.
+    limit = max(VOCAB * ARCHITECTURE.hidden_size * 4, BUFFER_MIB * 2**20) * 1.2
+    assert largest < limit < pack.num_rows * VOCAB * 4 / 8, largest
+
+
+@pytest.mark.parametrize("options", [{"tensor": 2}, {"pipeline": 2}, {"context": 2}])
+def test_no_logits_and_no_padding_on_two_ranks(model: Path, options: dict[str, int]) -> None:
+    def find() -> list[tuple[int, ...]]:
+        parallel = ParallelSection(**options)
+        groups = initialize(layout_of(parallel), seed=0)
+        trainer = make_trainer(model, groups, parallel)
+        (pack,) = pack_items(sequences("sft"), capacity=4096, multiple=2)
+        with Shapes() as shapes:
+            train_step(trainer, [pack], loss_of("sft"))
+        assert len(shapes.seen) > 20
+        return shapes.logits() + shapes.padded()
+
+    assert run_forked(2, find) == [[], []]
+
+
+@pytest.mark.parametrize("share", [1, 5, 9])
+def test_planted_logits_are_seen(model: Path, share: int) -> None:
+    with single_process() as groups:
+        trainer = make_trainer(model, groups, ParallelSection())
+        (pack,) = pack_items(sequences("sft"), capacity=4096)
+        shape = (pack.num_rows // share, VOCAB)
+        shapes, largest = observe(trainer, pack, planted(loss_of("sft"), *shape))
+    assert shapes.logits() == [shape] and largest == 4 * prod(shape)
+
+
+@pytest.mark.parametrize("shape", [(14, 37), (14, 40), (40, 14), (14 * 37,), (14, 38, 16), (14 * 40, 16)])
+def test_planted_padding_is_seen(model: Path, shape: tuple[int, ...]) -> None:
+    with single_process() as groups:
+        trainer = make_trainer(model, groups, ParallelSection())
+        (pack,) = pack_items(sequences("sft"), capacity=4096)
+        with Shapes() as shapes:
+            train_step(trainer, [pack], planted(loss_of("sft"), *shape))
+    assert shapes.padded() == [shape]

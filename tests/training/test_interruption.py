@@ -22,22 +22,32 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.rlvr import tiny_rlvr
 from tests.training import tiny_run
 from tulu_hpc.config.loader import load_config
-from tulu_hpc.config.schema import DpoConfig, SftConfig
+from tulu_hpc.config.schema import DpoConfig, RlvrConfig, SftConfig
 from tulu_hpc.data.chat_template import TULU
 from tulu_hpc.data.tokenizer import load_tokenizer
-from tulu_hpc.stages import dpo, sft
+from tulu_hpc.stages import dpo, rlvr, sft
 from tulu_hpc.training.preemption import EXIT_REQUEUE
 
-STAGES: dict[str, tuple[Any, Callable[[Any], Path]]] = {"sft": (SftConfig, sft.run), "dpo": (DpoConfig, dpo.run)}
+STAGES: dict[str, tuple[Any, Callable[[Any], Path]]] = {
+    "sft": (SftConfig, sft.run),
+    "dpo": (DpoConfig, dpo.run),
+    "rlvr": (RlvrConfig, rlvr.run),
+}
 RANKS = 2
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of the parent do not survive a fork
-    return tiny_run.write_inputs(tmp_path_factory.mktemp("inputs"))
+    return tiny_rlvr.write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def tied_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.write_inputs(tmp_path_factory.mktemp("tied"), tied=True)
 
 
 def start_forked(verb: str, config_path: Path, log: Path) -> list[int]:
@@ -101,6 +111,9 @@ def kill_all(pids: list[int]) -> None:
 
 def prepare(inputs: Path, run: Path, verb: str, **changes: Any) -> Path:
     run.parent.mkdir(parents=True, exist_ok=True)
+    if verb == "rlvr":
+        values = tiny_rlvr.rlvr_config(inputs, run, train__export_hf=True, **changes).model_dump(mode="json")
+        return tiny_run.write_config(values, run.with_suffix(".yaml"))
     return tiny_run.write_config(tiny_run.config(inputs, run, verb, **changes), run.with_suffix(".yaml"))
 
 
@@ -108,7 +121,9 @@ def outcome(run: Path) -> dict[str, Any]:
     """Everything that must not depend on interruptions."""
     files = sorted((run / "hf").glob("*.safetensors"))
     assert files
-    return {"losses": tiny_run.losses(run), "weights": [file.read_bytes() for file in files]}
+    metrics = tiny_rlvr.same_metrics(run)
+    assert [row["step"] for row in metrics] == list(range(1, len(metrics) + 1)), "each step once, in order"
+    return {"metrics": metrics, "weights": [file.read_bytes() for file in files]}
 
 
 def uninterrupted(inputs: Path, folder: Path, verb: str, **changes: Any) -> tuple[dict[str, Any], float]:
@@ -119,21 +134,21 @@ def uninterrupted(inputs: Path, folder: Path, verb: str, **changes: Any) -> tupl
     return outcome(folder / "whole"), time.monotonic() - started
 
 
-@pytest.mark.parametrize(("verb", "kills_wanted"), [("sft", 10), ("dpo", 4)])
-def test_sigkill_at_random_moments(inputs: Path, tmp_path: Path, verb: str, kills_wanted: int) -> None:
+def kill_at_random(inputs: Path, folder: Path, verb: str, kills_wanted: int, **changes: Any) -> None:
+    """Kill all ranks of runs at random moments (start, export and end included) until so many have been hit."""
     seed = int(os.environ.get("TULU_HPC_KILL_SEED", time.time_ns() % 10**6))
     print(f"TULU_HPC_KILL_SEED={seed}")
     generator = random.Random(seed)
-    wanted, duration = uninterrupted(inputs, tmp_path, verb)
-    kills, runs, log = 0, 0, tmp_path / "killed.log"
+    wanted, duration = uninterrupted(inputs, folder, verb, **changes)
+    kills, runs, log = 0, 0, folder / "killed.log"
     while kills < kills_wanted:
-        run = tmp_path / f"killed{runs}"
-        config_path = prepare(inputs, run, verb)
+        run = folder / f"killed{runs}"
+        config_path = prepare(inputs, run, verb, **changes)
         finished = False
         while not finished:
             pids = start_forked(verb, config_path, log)
             if kills < kills_wanted:
-                time.sleep(generator.uniform(0.02, 0.9) * duration)
+                time.sleep(generator.uniform(0.02, 1.05) * duration)
                 generator.shuffle(pids)
                 kill_all(pids)
             codes = wait_all(pids)
@@ -143,6 +158,20 @@ def test_sigkill_at_random_moments(inputs: Path, tmp_path: Path, verb: str, kill
         runs += 1
         assert outcome(run) == wanted, f"run {runs} after {kills} kills (TULU_HPC_KILL_SEED={seed})\n{log.read_text()}"
     print(f"{kills} kills over {runs} runs")
+
+
+@pytest.mark.parametrize(
+    ("verb", "kills_wanted", "changes"),
+    [("sft", 10, {}), ("sft", 3, {"parallel__tensor": 2}), ("dpo", 4, {}), ("rlvr", 4, {})],
+)
+def test_sigkill_at_random_moments(
+    inputs: Path, tmp_path: Path, verb: str, kills_wanted: int, changes: dict[str, Any]
+) -> None:
+    kill_at_random(inputs, tmp_path, verb, kills_wanted, **changes)
+
+
+def test_sigkill_with_tied_embeddings_over_two_stages(tied_inputs: Path, tmp_path: Path) -> None:
+    kill_at_random(tied_inputs, tmp_path, "sft", 4, parallel__pipeline=2)
 
 
 @pytest.mark.parametrize("verb", ["sft", "dpo"])

@@ -40,7 +40,7 @@ def text(generator: random.Random, low: int, high: int) -> str:
     return " ".join(generator.choice(WORDS) for _ in range(generator.randint(low, high)))
 
 
-def write_inputs(folder: Path) -> Path:
+def write_inputs(folder: Path, *, tied: bool = False) -> Path:
     """`folder/{model,sft.jsonl,preferences.jsonl}`; returns the folder."""
     generator = random.Random(3)
     tokenizer = train_tokenizer([text(generator, 5, 20) for _ in range(50)], vocab_size=300)
@@ -52,6 +52,7 @@ def write_inputs(folder: Path) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
+        tie_word_embeddings=tied,
     )
     random_hf_model(architecture, folder / "model", seed=1, embedding_std=0.2, linear_std=0.1)
     tokenizer.save_pretrained(folder / "model")

@@ -18,7 +18,9 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     gpu: Annotated[str, typer.Option(help="GPU type, e.g. h100, h200, a100; or GiB, e.g. 80.")] = "h100",
-    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of the whole run; default: one replica.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of the whole run; default: run.gpus, else one replica.")
+    ] = None,
     verb: Verb = None,
     print_config: PrintConfig = False,
 ) -> None:

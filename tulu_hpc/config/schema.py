@@ -25,6 +25,11 @@ class RunSection(Section):
     seed: int = 0
     threads: int | None = Field(default=None, description="CPU threads per process; empty: cores / local processes.")
     deterministic: bool = Field(default=True, description="Refuse non-deterministic kernels.")
+    gpus: int | None = Field(
+        default=None,
+        ge=1,
+        description="GPUs that this file is meant for: what `plan` counts with. Training does not ask.",
+    )
     distributed_timeout_minutes: float = Field(default=30.0, gt=0)
 
 
@@ -174,6 +179,9 @@ class VerifierSection(Section):
         default="fixed", description="`tulu3-compat` scores as the code behind the paper did, its mistakes included."
     )
     modules: list[str] = Field(default_factory=list, description="Python modules that register further verifiers.")
+    max_lost_share: float = Field(
+        default=0.5, gt=0, le=1, description="Stop when more of a step's (or suite's) verdicts than this are lost."
+    )
 
 
 class RlvrSection(Section):
@@ -380,6 +388,9 @@ class RecipeStep(Section):
 class ReportSection(Section):
     title: str
     evals: dict[str, str] = Field(default_factory=dict, description="Stage name -> directory of its evaluation.")
+    before: str | None = Field(
+        default=None, description="Evaluation of the model before the first stage; only its answers are shown."
+    )
     runs: dict[str, str] = Field(default_factory=dict, description="Stage name -> run directory, for curves.")
     decontamination: str | None = None
     preference: str | None = None

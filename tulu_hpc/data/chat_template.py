@@ -149,11 +149,11 @@ class ChatTemplate:
                 f"{self.name}: refused by the template: {error.message}", messages[-1].content if messages else ""
             ) from None
 
-    def spans(self, messages: Sequence[Message]) -> list[Span]:
-        """Cut the rendered conversation into trained and other text; the spans joined are the whole text.
+    def refuse_special_tokens(self, messages: Sequence[Message]) -> None:
+        """Content must not hold the text of a special token: it would be read as one (and could fake another turn).
 
         Raises:
-            MaskProofError: with the span at which one of the module's conditions fails.
+            MaskProofError: with the message and the text around it.
         """
         for index, message in enumerate(messages):
             if found := self._special.search(message.content):
@@ -161,6 +161,14 @@ class ChatTemplate:
                     f"messages[{index}] contains the text of the special token {found.group()!r}",
                     message.content[max(0, found.start() - 20) : found.end() + 20],
                 )
+
+    def spans(self, messages: Sequence[Message]) -> list[Span]:
+        """Cut the rendered conversation into trained and other text; the spans joined are the whole text.
+
+        Raises:
+            MaskProofError: with the span at which one of the module's conditions fails.
+        """
+        self.refuse_special_tokens(messages)
         full = self.render(messages)
         spans: list[Span] = []
         end, done = 0, 0  # characters and messages accounted for
@@ -303,8 +311,10 @@ def render_prompt(template: ChatTemplate, messages: Sequence[Message]) -> str:
     """The text that an answer continues.
 
     Raises:
-        MaskProofError: the conversation already ends with an answer, or the template marks no place for one.
+        MaskProofError: the conversation already ends with an answer, holds the text of a special token, or the template
+            marks no place for an answer.
     """
+    template.refuse_special_tokens(messages)
     if messages[-1].role == "assistant":
         raise MaskProofError("a prompt must not end with an assistant turn", messages[-1].content)
     text = template.render(messages, add_generation_prompt=True)

@@ -15,7 +15,7 @@ from tulu_hpc.planner.memory import StageMemory, Workload, plan_memory
 
 
 def workload(config: TrainingConfig, gpus: int | None = None) -> Workload:
-    """What a configuration asks of `gpus` ranks (None: one replica).
+    """What a configuration asks of `gpus` ranks (None: run.gpus, else one replica).
 
     Raises:
         ConfigError: the shape of the model is known from neither `model.architecture` nor `model.path`.
@@ -36,7 +36,7 @@ def workload(config: TrainingConfig, gpus: int | None = None) -> Workload:
     return Workload(
         architecture=architecture,
         layout=layout,
-        data=layout.data(gpus if gpus is not None else layout.model_parallel),
+        data=layout.data(gpus or config.run.gpus or layout.model_parallel),
         rows=config.train.pack_rows,
         dtype_bytes=4 if config.model.dtype == "float32" else 2,
         gradient_bytes=4 if config.optimizer.gradient_dtype == "float32" else 2,

@@ -25,7 +25,15 @@ from tulu_hpc.evaluation.runner import Answer, LoadedTask, RunOptions, answer_ta
 from tulu_hpc.evaluation.suites import dev_task, unseen_task
 from tulu_hpc.evaluation.tasks import EvalTask
 from tulu_hpc.stages.model_source import OpenModel, open_model
-from tulu_hpc.stages.rollouts import is_replica_leader, open_engine, sampling_of, verify_in_replica
+from tulu_hpc.stages.rollouts import (
+    describe_lost,
+    import_verifiers,
+    lost_verdicts,
+    open_engine,
+    open_verifiers,
+    sampling_of,
+    verify_in_replica,
+)
 from tulu_hpc.verifiers.sandbox import VerifierPool
 
 UNSEEN_LOG = "unseen_runs.jsonl"
@@ -50,23 +58,20 @@ def run_suites(config: EvalConfig, suites: Sequence[str]) -> list[Path]:
 
     Raises:
         ConfigError: a suite has no tasks, or no answers are asked for.
+        VerifierError: too many verdicts were lost.
     """
     section = config.eval
     if not section.greedy and section.draws == 0:
         raise ConfigError("eval.greedy = false and eval.draws = 0: there is nothing to evaluate")
     if section.draws and config.rollout.temperature == 0:
         raise ConfigError("eval.draws needs rollout.temperature > 0; set eval.draws=0 for greedy answers only")
+    import_verifiers(config.verifier)
     loaded = {suite: load_suite(config, suite) for suite in suites}
     began = time.perf_counter()
     model = open_model(config.run, config.model, config.parallel)
     opened = time.perf_counter() - began
     with ExitStack() as stack:
-        pool = None
-        if is_replica_leader(model.groups):
-            verifier = config.verifier
-            pool = stack.enter_context(
-                VerifierPool(verifier.workers, verifier.timeout_seconds, rules=verifier.rules, modules=verifier.modules)
-            )
+        pool = open_verifiers(config.verifier, model.groups, stack)
         return [evaluate_suite(config, model, suite, loaded[suite], pool, opened) for suite in suites]
 
 
@@ -128,9 +133,9 @@ def evaluate_suite(
         generate=engine.generate_batch,
         verify=lambda pairs: verify_in_replica(groups, pool, pairs),
     )
-    lost = pool.stats.as_dict() if pool else {}
-    shares = groups.all_gather_object((answers, lost) if is_replica_leader(groups) else None)
+    shares = groups.all_gather_object((answers, pool.take_stats().as_dict()) if pool else None)
     leaders = [share for share in shares if share is not None]
+    verdicts = lost_verdicts([counts for _, counts in leaders], config.verifier.max_lost_share, f"eval {suite}")
     path = Path(config.eval.output) / f"{suite}.json"
     if groups.is_main:
         merged = [
@@ -143,7 +148,7 @@ def evaluate_suite(
             "settings": _settings(config),
             "config": config.model_dump(mode="json"),
             "tasks": {task.name: summarise(task, chosen, options) for task, chosen in zip(tasks, merged, strict=True)},
-            "verifier": {name: sum(stats.get(name, 0) for _, stats in leaders) for name in lost},
+            "verifier": verdicts,
             "timing": _timing(merged, seconds, load_seconds, time.perf_counter() - began),
             "versions": {
                 "tulu_hpc": tulu_hpc.__version__,
@@ -217,3 +222,5 @@ def _show(model: OpenModel, results: dict[str, Any]) -> None:
             for mode, score in task["scores"].items()
         )
         model.say(f"eval {results['suite']}: {name} ({task['prompts']} prompts)  {shown}")
+    if lost := describe_lost(results["verifier"]):
+        model.say(f"eval {results['suite']}: {lost}, each scored 0")

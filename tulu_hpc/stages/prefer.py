@@ -27,9 +27,13 @@ from tulu_hpc.rollout.sampling import derive_seed
 from tulu_hpc.rollout.texts import completion_text, ended_itself
 from tulu_hpc.stages.model_source import OpenModel, open_model
 from tulu_hpc.stages.rollouts import (
+    describe_lost,
     is_replica_leader,
     load_prompts,
+    lost_verdicts,
     open_engine,
+    open_verifiers,
+    refuse_stop_strings,
     sampling_of,
     verifier_record,
     verify_in_replica,
@@ -45,9 +49,11 @@ def run(config: PreferConfig) -> Path:
 
     Raises:
         ConfigError, RecordError, LayoutError: naming the key, file, line or rank.
+        VerifierError: too many verdicts were lost.
     """
     if config.rollout.temperature == 0:
         raise ConfigError("rollout.temperature = 0: greedy answers to a prompt are all equal, there would be no pair")
+    refuse_stop_strings(config.rollout, "data prefer")
     model = open_model(config.run, config.model, config.parallel)
     groups, output = model.groups, Path(config.prefer.output)
     prompts = load_prompts(config.data, config.verifier, model.tokenizer, lambda text: model.say(f"prefer: {text}"))
@@ -63,12 +69,7 @@ def run(config: PreferConfig) -> Path:
     groups.barrier()
     began = time.perf_counter()
     with ExitStack() as stack:
-        pool = None
-        if is_replica_leader(groups):
-            verifier = config.verifier
-            pool = stack.enter_context(
-                VerifierPool(verifier.workers, verifier.timeout_seconds, rules=verifier.rules, modules=verifier.modules)
-            )
+        pool = open_verifiers(config.verifier, groups, stack)
         engine = open_engine(config.rollout, model.chunks, groups, model.architecture, model.tokenizer)
         sampling = sampling_of(config.rollout, model.tokenizer, model.source.base)
         done = groups.broadcast_object(_prompts_done(parts) if groups.is_main else None)
@@ -82,9 +83,11 @@ def run(config: PreferConfig) -> Path:
                 write_jsonl(parts / f"{done:09d}.jsonl", rows)
             done += len(chunk)
             progress.update(done, tokens=sum(row["new_tokens"] for row in rows))
-        losses = groups.all_gather_object(pool.stats.as_dict() if pool else None)
+        shares = groups.all_gather_object(pool.take_stats().as_dict() if pool else None)
+    counts = [share for share in shares if share is not None]
+    verdicts = lost_verdicts(counts, config.verifier.max_lost_share, "prefer")
     if groups.is_main:
-        _publish(config, model, parts, output, statistics, identity, losses, time.perf_counter() - began)
+        _publish(config, model, parts, output, statistics, identity, verdicts, time.perf_counter() - began)
     groups.barrier()
     return output
 
@@ -180,7 +183,7 @@ def _publish(
     output: Path,
     statistics: Path,
     identity: str,
-    losses: Sequence[dict[str, int] | None],
+    verdicts: dict[str, int],
     seconds: float,
 ) -> None:
     counts = PreferenceStatistics()
@@ -216,10 +219,7 @@ def _publish(
         "new_tokens": sum(row["new_tokens"] for row in rows),
         "seconds_of_last_start": round(seconds, 3),
         "config": config.model_dump(mode="json"),
-        "verifier": {
-            name: sum(part[name] for part in losses if part is not None)
-            for name in next(part for part in losses if part is not None)
-        },
+        "verifier": verdicts,
     }
     partial = statistics.with_name(statistics.name + ".partial")
     partial.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -229,3 +229,5 @@ def _publish(
         f"prefer: {counts.pairs} pairs from {counts.prompts} prompts "
         f"(mean score {counts.summary()['mean_score']:.3f}): {output}"
     )
+    if lost := describe_lost(verdicts):
+        model.say(f"prefer: {lost}, each scored 0")

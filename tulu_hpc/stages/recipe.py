@@ -291,6 +291,7 @@ def _report_inputs(
     return ReportInputs(
         title=report.title,
         evals={stage: Path(path) for stage, path in report.evals.items()},
+        before=Path(report.before) if report.before else None,
         runs={stage: Path(path) for stage, path in report.runs.items()},
         decontamination=Path(report.decontamination) if report.decontamination else None,
         preference=Path(report.preference) if report.preference else None,

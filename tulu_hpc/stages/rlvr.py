@@ -15,7 +15,7 @@ from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.models.llama import Llama
 from tulu_hpc.stages import training_run
 from tulu_hpc.stages.rlvr_step import Learner, fingerprint, rollout_step
-from tulu_hpc.stages.rollouts import is_replica_leader, load_prompts, open_engine, sampling_of
+from tulu_hpc.stages.rollouts import load_prompts, open_engine, open_verifiers, refuse_stop_strings, sampling_of
 from tulu_hpc.stages.training_run import Run
 from tulu_hpc.telemetry.metrics import MetricLogger
 from tulu_hpc.telemetry.progress import Progress
@@ -23,7 +23,6 @@ from tulu_hpc.training import checkpoint
 from tulu_hpc.training.preemption import StopRequest
 from tulu_hpc.training.runner import Runner
 from tulu_hpc.training.trainer import load_model
-from tulu_hpc.verifiers.sandbox import VerifierPool
 
 
 def run(config: RlvrConfig) -> Path:
@@ -35,6 +34,7 @@ def run(config: RlvrConfig) -> Path:
     Raises:
         ConfigError, RecordError, LayoutError: naming the key, file, line or rank.
         MismatchError: engine and trainer disagree about the log-probs of the first step.
+        VerifierError: too many verdicts of a step were lost.
         Preempted: the run was asked to stop; its state is saved.
     """
     check(config)
@@ -56,6 +56,7 @@ def check(config: RlvrConfig) -> None:
     """
     if config.rollout.temperature == 0:
         raise ConfigError("rollout.temperature = 0: greedy answers to a prompt are all equal, nothing can be learned")
+    refuse_stop_strings(config.rollout, "rlvr")
     if config.rlvr.minibatches > config.rlvr.prompts_per_step:
         raise ConfigError(
             f"rlvr.minibatches = {config.rlvr.minibatches} is more than "
@@ -87,12 +88,6 @@ def build(run: Run, config: RlvrConfig, stack: ExitStack) -> Learner:
     for model in [*trainer.models, *(reference.chunks if reference else [])]:
         assert isinstance(model, Llama)
         model.logprob_temperature = config.rollout.temperature  # ratios and KL are of the policy that samples
-    pool = None
-    if is_replica_leader(run.groups):
-        verifier = config.verifier
-        pool = stack.enter_context(
-            VerifierPool(verifier.workers, verifier.timeout_seconds, rules=verifier.rules, modules=verifier.modules)
-        )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Learner(
         run=run,
@@ -100,7 +95,7 @@ def build(run: Run, config: RlvrConfig, stack: ExitStack) -> Learner:
         trainer=trainer,
         reference=reference,
         engine=open_engine(config.rollout, trainer.models, run.groups, run.architecture, tokenizer),
-        pool=pool,
+        pool=open_verifiers(config.verifier, run.groups, stack),
         prompts=prompts,
         sampling=sampling_of(config.rollout, tokenizer, config.model.path),
         tokenizer=tokenizer,

@@ -29,7 +29,7 @@ from tulu_hpc.rollout.sampling import derive_seed
 from tulu_hpc.rollout.texts import completion_text, ended_itself
 from tulu_hpc.stages import rlvr_metrics
 from tulu_hpc.stages.rlvr_metrics import Mismatch, RolloutStats
-from tulu_hpc.stages.rollouts import is_replica_leader, verifier_record, verify_in_replica
+from tulu_hpc.stages.rollouts import LOSSES, is_replica_leader, lost_verdicts, verifier_record, verify_in_replica
 from tulu_hpc.stages.training_run import Run
 from tulu_hpc.training.normalisation import GlobalCounts, global_counts
 from tulu_hpc.training.runner import LossFn, Runner, row_multiple
@@ -77,6 +77,7 @@ def rollout_step(
     rollouts = generate(learner, step)
     clock.lap("rollout")
     scored = score_rollouts(learner, rollouts)
+    verdicts = count_verdicts(learner, step)
     clock.lap("verify")
     minibatches = [
         pack_groups(learner, [group for group in scored if minibatch_of(group.number, config) == index])
@@ -107,10 +108,23 @@ def rollout_step(
     metrics = {
         **rlvr_metrics.rollout_metrics([each["stats"] for each in shares if each["stats"] is not None]),
         **rlvr_metrics.mismatch_metrics([each["mismatch"] for each in shares if each["mismatch"] is not None]),
+        **{f"verifier/{name}": float(verdicts[name]) for name in LOSSES},
         **update_metrics(results, updates),
         **clock.metrics(),
     }
     return metrics, any(each["stop"] for each in shares)
+
+
+def count_verdicts(learner: Learner, step: int) -> dict[str, int]:
+    """Verdicts of this step, all replicas together, before anything is trained on them.
+
+    Raises:
+        VerifierError: too many were lost.
+    """
+    pool = learner.pool
+    shares = learner.run.groups.all_gather_object(pool.take_stats().as_dict() if pool else None)
+    counts = [share for share in shares if share is not None]
+    return lost_verdicts(counts, learner.config.verifier.max_lost_share, f"rlvr step {step}")
 
 
 def prompts_of_step(prompts: Sequence[Prompt], config: RlvrConfig, step: int) -> list[Prompt]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,75 @@ from tulu_hpc.verifiers.sandbox import VerifierPool
 
 VerifyTask = tuple[Mapping[str, Any], str]
 ENGINES = {"embedded": EmbeddedEngine}  # by rollout.engine
+LOSSES = ("timeouts", "crashes", "garbage", "errors")  # of PoolStats: verdicts that scored 0 for want of one
 
 
 def verifier_record(record: RlvrRecord) -> dict[str, Any]:
     """The mapping that verifiers read."""
     return {"dataset": record.dataset, "ground_truth": record.ground_truth}
+
+
+class VerifierError(RuntimeError):
+    """So many verdicts were lost that the scores would say more about the verifiers than about the model."""
+
+
+def import_verifiers(verifier: VerifierSection) -> None:
+    """Import `verifier.modules` here only to know the names they register; they run in the workers.
+
+    Raises:
+        ConfigError: a module cannot be imported.
+    """
+    for module in verifier.modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(f"verifier.modules: {module}: {error}") from error
+
+
+def open_verifiers(verifier: VerifierSection, groups: Groups, stack: ExitStack) -> VerifierPool | None:
+    """The pool of a replica, on its leader (None elsewhere); its workers end with `stack`."""
+    if not is_replica_leader(groups):
+        return None
+    pool = VerifierPool(verifier.workers, verifier.timeout_seconds, rules=verifier.rules, modules=verifier.modules)
+    return stack.enter_context(pool)
+
+
+def lost_verdicts(parts: Sequence[Mapping[str, int]], max_share: float, where: str) -> dict[str, int]:
+    """Counts of all replicas' pools added up; the same on every process.
+
+    Raises:
+        VerifierError: more than `max_share` of the verdicts were lost (each scored 0).
+    """
+    counts = {name: sum(part[name] for part in parts) for name in (parts[0] if parts else ())}
+    lost = {name: counts[name] for name in LOSSES if counts.get(name)}
+    if counts and sum(lost.values()) > max_share * counts["verdicts"]:
+        raise VerifierError(
+            f"{where}: {sum(lost.values())} of {counts['verdicts']} verdicts were lost ({_listed(lost)}), more than "
+            f"verifier.max_lost_share = {max_share:g}: check verifier.modules, verifier.timeout_seconds and the data"
+        )
+    return counts
+
+
+def describe_lost(counts: Mapping[str, int]) -> str:
+    """`3 of 40 verdicts lost (timeouts 2, errors 1)`, or nothing when none was."""
+    lost = {name: counts[name] for name in LOSSES if counts.get(name)}
+    return f"{sum(lost.values())} of {counts['verdicts']} verdicts lost ({_listed(lost)})" if lost else ""
+
+
+def _listed(lost: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in lost.items())
+
+
+def refuse_stop_strings(rollout: RolloutSection, verb: str) -> None:
+    """An answer that a stop string ended has no end-of-text: it would count as unfinished and score nothing.
+
+    Raises:
+        ConfigError: there are stop strings.
+    """
+    if rollout.stop:
+        raise ConfigError(
+            f"rollout.stop = {rollout.stop}: for {verb} an answer must end with end-of-text; stop strings are for eval"
+        )
 
 
 def load_prompts(
@@ -42,11 +107,7 @@ def load_prompts(
         RecordError: a row that cannot be read or verified, with file, line and field (unless data.on_error is skip).
         ValueError: no prompt is left.
     """
-    for module in verifier.modules:  # here only to know their names; they run in the workers
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ConfigError(f"verifier.modules: {module}: {error}") from error
+    import_verifiers(verifier)
     template = ChatTemplate.load(data.chat_template, tokenizer)
 
     def verifiable(record: RlvrRecord) -> None:

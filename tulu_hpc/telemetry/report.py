@@ -22,6 +22,7 @@ from tulu_hpc.telemetry.results import Interval, TaskScores, load_evaluation
 from tulu_hpc.telemetry.working import working_section
 
 _SAMPLES_PER_TASK = 3
+_BEFORE = "before training"
 _PACKAGES = ("tulu_hpc", "torch", "megatron-core", "transformers", "tokenizers", "numpy", "pydantic", "triton")
 
 # Panels of a run, in order: title, metrics (patterns; those that are there are drawn), logarithmic axis.
@@ -56,13 +57,15 @@ class Timing:
 class ReportInputs:
     """What the report is made of. Stage names are the keys of `evals` and `runs`, in order.
 
-    evals: directory of result files. runs: run directory. decontamination: its report.json. preference: the JSONL of
-    preference records. configs: resolved YAML by step. total_seconds: wall clock of this run of the recipe.
+    evals: directory of result files. before: the same of the model before the first stage. runs: run directory.
+    decontamination: its report.json. preference: the statistics beside the pairs. configs:
+    resolved YAML by step. total_seconds: wall clock of this run of the recipe.
     """
 
     title: str
     evals: Mapping[str, Path]
     runs: Mapping[str, Path]
+    before: Path | None = None
     decontamination: Path | None = None
     preference: Path | None = None
     notes: Sequence[str] = ()
@@ -83,7 +86,7 @@ def write_report(inputs: ReportInputs, output: Path) -> Path:
     scores = load_scores(inputs)
     parts = [
         _top(inputs, scores),
-        *([_score_section(scores), working_section(scores), _sample_section(scores)] if scores else []),
+        *([_score_section(scores), working_section(scores), _sample_section(scores, inputs.before)] if scores else []),
         *_curve_sections(inputs),
         *data_sections(inputs.decontamination, inputs.preference),
         _timing_section(inputs),
@@ -189,8 +192,15 @@ def _score_section(scores: Scores) -> Html:
         else f"Greedy decoding, with {100 * first.confidence:.0f} % bootstrap intervals over problems."
     )
     plot = bar_plot("Accuracy by stage", tasks, bars, y_label="%", top=100)
-    parts = [paragraph(explained), table(["task", *stages], rows), Html(plot), _kinds(scores)]
+    parts = [paragraph(explained), table(["task", *stages], rows), Html(plot), _lost(scores), _kinds(scores)]
     return section("scores", "Scores by stage", *parts)
+
+
+def _lost(scores: Scores) -> Html:
+    """Verdicts that scored 0 because a verifier failed, not because an answer did."""
+    lost = {stage: sum({task.suite: task.lost_verdicts for task in found}.values()) for stage, found in scores.items()}
+    named = ", ".join(f"{stage} {count}" for stage, count in lost.items() if count)
+    return paragraph(f"Verdicts lost to timeouts, crashes or errors, each scored 0: {named}.") if named else Html("")
 
 
 def _kinds(scores: Scores) -> Html:
@@ -224,13 +234,18 @@ def _interval(interval: Interval) -> Html:
     return tag("small", f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]")
 
 
-def _sample_section(scores: Scores) -> Html:
+def _sample_section(scores: Scores, before: Path | None) -> Html:
     """The same prompts through all stages, greedy where possible; prompts whose verdict changed come first."""
-    stages, parts = list(scores), []
+    parts: list[Html] = []
+    earlier = {task.name: task.first_answers() for task in load_evaluation(before)} if before else {}
     for name in _tasks(scores):
-        answers = {stage: _find(scores[stage], name).first_answers() for stage in stages}
-        prompts = [p for p in answers[stages[0]] if all(p in answers[stage] for stage in stages)]
-        changed = [p for p in prompts if answers[stages[0]][p].correct != answers[stages[-1]][p].correct]
+        answers = {stage: _find(found, name).first_answers() for stage, found in scores.items()}
+        first, last = (next(iter(order)) for order in (answers.values(), reversed(answers.values())))
+        if name in earlier:
+            answers = {_BEFORE: earlier[name], **answers}
+        stages = list(answers)
+        prompts = [p for p in first if all(p in answers[stage] for stage in stages)]
+        changed = [p for p in prompts if first[p].correct != last[p].correct]
         chosen = [*changed, *(p for p in prompts if p not in changed)][:_SAMPLES_PER_TASK]
         if not chosen:
             continue
@@ -248,6 +263,8 @@ def _sample_section(scores: Scores) -> Html:
     if not parts:
         return Html("")
     note = "First answers kept for each task; prompts whose verdict changed from the first to the last stage lead."
+    if earlier:
+        note += f" “{_BEFORE}” is the model that the first stage starts from."
     return section("samples", "Answers before and after", paragraph(note), *parts)
 
 

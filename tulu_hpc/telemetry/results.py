@@ -56,7 +56,7 @@ class TaskScores:
 
     suite: "dev" or "unseen". task: its schema (gsm8k, ifeval, ...). items: prompts. draws: sampled answers per prompt.
     working: of the sampled answers, None where the task does not count it. kinds: class of prompt -> sampled (else
-    greedy) score and number of prompts. answers: those that were kept.
+    greedy) score and number of prompts. answers: those that were kept. lost_verdicts: of the whole suite.
     """
 
     name: str
@@ -71,6 +71,7 @@ class TaskScores:
     working: Working | None
     kinds: Mapping[str, tuple[float, int]]
     answers: Sequence[Answer]
+    lost_verdicts: int
 
     @property
     def headline(self) -> Interval:
@@ -146,6 +147,7 @@ def _task(name: str, task: Mapping[str, Any], results: Mapping[str, Any]) -> Tas
             Answer(kept["prompt"], kept["completion"], kept["score"] >= 1, kept["mode"] == "sampled")
             for kept in task["completions"]
         ],
+        lost_verdicts=sum(results["verifier"].get(name, 0) for name in ("timeouts", "crashes", "garbage", "errors")),
     )
 
 

@@ -39,7 +39,8 @@ class SandboxError(RuntimeError):
 
 @dataclass
 class PoolStats:
-    """Counts since the pool was opened; each of timeouts, crashes, garbage and errors is one verdict lost (score 0)."""
+    """Counts since the pool was opened or they were taken; each of timeouts, crashes, garbage and errors is one verdict
+    lost (score 0)."""
 
     verdicts: int = 0
     timeouts: int = 0
@@ -124,6 +125,11 @@ class VerifierPool:
         self._environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
         self._workers: list[_Worker] = []
         self._failed_starts = 0
+
+    def take_stats(self) -> PoolStats:
+        """The counts since the pool was opened or since this was last called."""
+        taken, self.stats = self.stats, PoolStats()
+        return taken
 
     def __enter__(self) -> Self:
         self.open()
