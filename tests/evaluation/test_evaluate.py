@@ -95,6 +95,7 @@ def test_checkpoints_and_run_directories(inputs: Path, tmp_path: Path) -> None:
         ({"eval__dev": []}, "names no task"),
         ({"eval__dev": [{"name": "a", "task": "mmlu", "path": "x"}]}, "no task 'mmlu'"),
         ({"model__path": "/nowhere"}, "/nowhere"),
+        ({"verifier__modules": ["no_such_module"]}, r"verifier\.modules: no_such_module"),
     ],
 )
 def test_bad_configurations(inputs: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:

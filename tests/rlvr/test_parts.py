@@ -69,6 +69,7 @@ def test_minibatches_share_the_prompts(tmp_path: Path) -> None:
         ({"rollout__temperature": 0.0}, "temperature"),
         ({"rlvr__minibatches": 7}, "minibatches"),
         ({"train__pack_rows": 39}, "pack_rows"),
+        ({"rollout__stop": ["."]}, r"rollout\.stop"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path: Path, changes: dict[str, object], words: str) -> None:
