@@ -13,10 +13,9 @@ import pytest
 
 from tests.parallel.forked import WorkerError
 from tests.rlvr import tiny_rlvr
-from tests.rlvr.tiny_rlvr import eval_config, in_processes, prefer_config, rlvr_config
+from tests.rlvr.tiny_rlvr import eval_config, in_processes, prefer_config, rlvr_config, run_and_die
 from tulu_hpc.config.schema import PreferConfig
 from tulu_hpc.data.records import read_records
-from tulu_hpc.rollout import embedded
 from tulu_hpc.stages import evaluate, prefer, rlvr
 
 
@@ -103,24 +102,6 @@ def test_bad_configurations(inputs: Path, tmp_path: Path, changes: dict[str, Any
         in_processes(evaluate.run, eval_config(inputs, tmp_path / "out", **changes))
 
 
-class _Stopped(RuntimeError):
-    pass
-
-
-def _prefer_and_die(config: Any, after: int) -> None:
-    generate, calls = embedded.EmbeddedEngine.generate_batch, 0
-
-    def counted(self: Any, requests: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > after:
-            raise _Stopped
-        return generate(self, requests)
-
-    embedded.EmbeddedEngine.generate_batch = counted  # type: ignore[method-assign]  # of this forked process only
-    prefer.run(config)
-
-
 def _prefer(config: Any) -> None:
     prefer.run(config)
 
@@ -141,20 +122,22 @@ def test_preferences_continue_where_they_were(inputs: Path, tmp_path: Path, smal
     for line in whole.read_text().splitlines():
         row = json.loads(line)
         assert row["chosen_score"] > 0 and row["chosen"][:-1] == row["rejected"][:-1] == row["prompt"]
-    with pytest.raises(WorkerError, match="_Stopped"):
-        in_processes(lambda config: _prefer_and_die(config, 3), prefer_config(inputs, resumed, **sampling))
+    with pytest.raises(WorkerError, match="Stopped"):
+        in_processes(lambda config: run_and_die(prefer.run, config, 3), prefer_config(inputs, resumed, **sampling))
     parts = sorted(path.name for path in resumed.with_name("pairs.jsonl.parts").glob("*.jsonl"))
     assert len(parts) == 3 and not resumed.exists()
-    with pytest.raises(WorkerError, match="_Stopped"):  # three more, and not the first ones again
-        in_processes(lambda config: _prefer_and_die(config, 2), prefer_config(inputs, resumed, **sampling))
+    with pytest.raises(WorkerError, match="Stopped"):  # three more, and not the first ones again
+        in_processes(lambda config: run_and_die(prefer.run, config, 2), prefer_config(inputs, resumed, **sampling))
     in_processes(_prefer, prefer_config(inputs, resumed, **sampling), 2)
     in_processes(_prefer, prefer_config(inputs, two, **sampling), 2)
     assert resumed.read_bytes() == two.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in resumed.parent.iterdir()) == ["pairs.jsonl", "pairs.jsonl.stats.json"]
     # Nothing is sampled again for a complete file; other settings start anew.
-    in_processes(lambda config: _prefer_and_die(config, 0), prefer_config(inputs, whole, **sampling))
-    with pytest.raises(WorkerError, match="_Stopped"):
-        in_processes(lambda config: _prefer_and_die(config, 0), prefer_config(inputs, whole, **sampling, run__seed=4))
+    in_processes(lambda config: run_and_die(prefer.run, config, 0), prefer_config(inputs, whole, **sampling))
+    with pytest.raises(WorkerError, match="Stopped"):
+        in_processes(
+            lambda config: run_and_die(prefer.run, config, 0), prefer_config(inputs, whole, **sampling, run__seed=4)
+        )
 
 
 def test_preferences_without_any_pair(inputs: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.parallel.forked import WorkerError
 from tests.rlvr import tiny_rlvr
-from tests.rlvr.tiny_rlvr import in_processes, metrics, rlvr_config, same_metrics
+from tests.rlvr.tiny_rlvr import in_processes, metrics, rlvr_config, run_and_die, same_metrics
 from tulu_hpc.config.schema import RlvrConfig
 from tulu_hpc.rollout import embedded
 from tulu_hpc.stages import rlvr, rlvr_step
@@ -66,30 +66,11 @@ def test_later_updates_of_a_step_are_off_policy(whole: Path) -> None:
     assert all(row.get("rollout/logprob_error_max", 0) < 1e-4 for row in rows)  # counted before the first update only
 
 
-class _Stopped(RuntimeError):
-    pass
-
-
-def _run_and_die(config: RlvrConfig, after: int) -> None:
-    """Runs the stage until the rollouts of step `after` + 1, then dies without a trace."""
-    generate, calls = embedded.EmbeddedEngine.generate_batch, 0
-
-    def counted(self: Any, requests: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > after:
-            raise _Stopped
-        return generate(self, requests)
-
-    embedded.EmbeddedEngine.generate_batch = counted  # type: ignore[method-assign]  # of this forked process only
-    rlvr.run(config)
-
-
 def test_resumed_run_equals_the_uninterrupted_one(inputs: Path, whole: Path, tmp_path: Path) -> None:
     config = rlvr_config(inputs, tmp_path / "run", rlvr__epochs=2, rlvr__minibatches=2)
     for dies_after, saved in ((3, True), (0, True)):
-        with pytest.raises(WorkerError, match="_Stopped"):
-            in_processes(lambda _config, n=dies_after: _run_and_die(_config, n), config)
+        with pytest.raises(WorkerError, match="Stopped"):
+            in_processes(lambda _config, n=dies_after: run_and_die(rlvr.run, _config, n), config)
         assert bool(valid_steps(tmp_path / "run" / "checkpoints")) == saved
     in_processes(rlvr.run, config)
     assert same_metrics(tmp_path / "run") == same_metrics(whole)
@@ -213,8 +194,8 @@ def test_changed_prompts_are_not_resumed(inputs: Path, tmp_path: Path) -> None:
     data = tmp_path / "prompts.jsonl"
     data.write_text((inputs / "prompts.jsonl").read_text())
     config = rlvr_config(inputs, tmp_path / "run", data__path=str(data))
-    with pytest.raises(WorkerError, match="_Stopped"):
-        in_processes(lambda _config: _run_and_die(_config, 2), config)
+    with pytest.raises(WorkerError, match="Stopped"):
+        in_processes(lambda _config: run_and_die(rlvr.run, _config, 2), config)
     data.write_text("".join(data.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(WorkerError, match=r"prompts of data\.path have changed"):
         in_processes(rlvr.run, config)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.parallel.forked import run_forked
 from tests.training import tiny_run
 from tulu_hpc.config.schema import EvalConfig, PreferConfig, RlvrConfig
+from tulu_hpc.rollout import embedded
 
 LOWERCASE = {"func_name": "validate_lowercase"}
 
@@ -97,6 +99,25 @@ def eval_config(inputs: Path, output: Path, **changes: Any) -> EvalConfig:
 def in_processes(stage: Any, config: Any, world: int = 1, **options: Any) -> Any:
     """Run a stage on `world` forked ranks (one, too: it sets the determinism of its whole process)."""
     return run_forked(world, lambda: stage(config, **options))[0]
+
+
+class Stopped(RuntimeError):
+    """The death of a stage in `run_and_die`."""
+
+
+def run_and_die(stage: Callable[[Any], Any], config: Any, after: int) -> None:
+    """Run a stage until its engine is asked for the samples of batch `after` + 1, then die without a trace."""
+    generate, calls = embedded.EmbeddedEngine.generate_batch, 0
+
+    def counted(self: Any, requests: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise Stopped
+        return generate(self, requests)
+
+    embedded.EmbeddedEngine.generate_batch = counted  # type: ignore[method-assign]  # of this forked process only
+    stage(config)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

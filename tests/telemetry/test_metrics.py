@@ -7,30 +7,17 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tulu_hpc.config.run_directory import RunDirectory
 from tulu_hpc.telemetry.metrics import MetricLogger, TelemetryError, read_metrics, truncate_after
 from tulu_hpc.telemetry.progress import Progress, duration
 
 
-@dataclass
-class Paths:
-    root: Path
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def events(self) -> Path:
-        return self.root / "events"
-
-
 def test_one_valid_json_object_per_step(tmp_path: Path) -> None:
-    paths = Paths(tmp_path)
+    paths = RunDirectory(tmp_path)
     with MetricLogger(paths, tensorboard=False) as logger:
         logger.log(1, {"train/loss": 2.5, "count": 3, "ok": True})
         logger.log(2, {"train/loss": math.nan, "up": math.inf, "down": -math.inf})
@@ -44,14 +31,14 @@ def test_one_valid_json_object_per_step(tmp_path: Path) -> None:
 
 
 def test_each_step_is_on_disk_before_the_next(tmp_path: Path) -> None:
-    logger = MetricLogger(Paths(tmp_path), tensorboard=False)
+    logger = MetricLogger(RunDirectory(tmp_path), tensorboard=False)
     logger.log(1, {"a": 1.0})
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
     logger.close()
 
 
 def test_resume_leaves_no_duplicates_and_no_half_line(tmp_path: Path) -> None:
-    paths = Paths(tmp_path)
+    paths = RunDirectory(tmp_path)
     with MetricLogger(paths) as logger:
         for step in range(1, 6):
             logger.log(step, {"a": step})
@@ -65,7 +52,7 @@ def test_resume_leaves_no_duplicates_and_no_half_line(tmp_path: Path) -> None:
 def test_resumed_run_in_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    paths = Paths(tmp_path)
+    paths = RunDirectory(tmp_path)
     with MetricLogger(paths) as logger:
         for step in range(1, 6):
             logger.log(step, {"train/loss": float(step)})
@@ -85,14 +72,14 @@ def test_a_file_that_is_not_ours_is_not_cut(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    with MetricLogger(Paths(tmp_path / "run"), enabled=False, wandb=True) as logger:
+    with MetricLogger(RunDirectory(tmp_path / "run"), enabled=False, wandb=True) as logger:
         logger.log(1, {"a": 1.0})
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("metrics", [{"a": "text"}, {"a": None}, {"step": 1}, {"time": 1.0}])
 def test_bad_values_are_refused(tmp_path: Path, metrics: dict[str, object]) -> None:
-    with MetricLogger(Paths(tmp_path), tensorboard=False) as logger, pytest.raises(TelemetryError):
+    with MetricLogger(RunDirectory(tmp_path), tensorboard=False) as logger, pytest.raises(TelemetryError):
         logger.log(1, metrics)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
@@ -100,7 +87,7 @@ def test_bad_values_are_refused(tmp_path: Path, metrics: dict[str, object]) -> N
 def test_missing_wandb_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(TelemetryError, match=r"pip install 'tulu-hpc\[wandb\]'"):
-        MetricLogger(Paths(tmp_path), tensorboard=False, wandb=True)
+        MetricLogger(RunDirectory(tmp_path), tensorboard=False, wandb=True)
 
 
 def test_sinks_do_not_import_torch_or_tensorflow(tmp_path: Path) -> None:

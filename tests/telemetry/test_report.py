@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from tulu_hpc.config.run_directory import RunDirectory
 from tulu_hpc.curation.decontamination import EvalSet, TrainSet, decontaminate
 from tulu_hpc.curation.preference import PreferenceStatistics, ScoredSample, binarise
 from tulu_hpc.evaluation.runner import Answer, RunOptions, load_task, summarise
@@ -20,19 +21,6 @@ from tulu_hpc.telemetry.results import load_evaluation
 
 EVIL = "<script>alert('&')</script>"
 QUESTION = "Tom has {n} apples and Tom buys 5 more of them today. How many now?"
-
-
-@dataclass
-class Paths:
-    root: Path
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def events(self) -> Path:
-        return self.root / "events"
 
 
 class Outline(HTMLParser):
@@ -88,7 +76,7 @@ def _evaluation(directory: Path, data: Path, right: int, shown: bool) -> None:
 def inputs(tmp_path: Path) -> ReportInputs:
     for stage, right in (("sft", 1), ("rlvr", 3)):
         _evaluation(tmp_path / stage, tmp_path / "math_dev.jsonl", right, shown=stage == "rlvr")
-        with MetricLogger(Paths(tmp_path / f"run_{stage}"), tensorboard=False) as logger:
+        with MetricLogger(RunDirectory(tmp_path / f"run_{stage}"), tensorboard=False) as logger:
             for step in range(1, 30):
                 logger.log(step, {"train/loss": 1 / step, "train/grad_norm": float("nan"), "timing/step": 0.1})
     train = tmp_path / "train.jsonl"
