@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,16 @@ def test_every_reported_kernel_state_is_the_registrys() -> None:
 def test_unknown_benchmark_lists_the_known() -> None:
     with pytest.raises(ValueError, match="no benchmark named 'none'; there are: "):
         benchmarks.run("none", [])
+
+
+def test_all_benchmarks_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the smallest family alone; each family's own benchmark is run by its tests."""
+    monkeypatch.setattr(benchmarks, "families", lambda: ["packed_attention"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    benchmarks.run("kernels", ["--quick", "--output", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "kernels.json").read_text())
+    assert found["packed_attention"]["lines"] and found["packed_attention"]["torch"]
+    table = (tmp_path / "out" / "kernels.md").read_text()
+    assert table.count("\n|") == 2 + len(found["packed_attention"]["lines"])
+    with pytest.raises(ValueError, match="unknown arguments --slow"):
+        benchmarks.run("kernels", ["--slow"])

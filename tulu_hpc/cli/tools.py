@@ -16,7 +16,7 @@ def doctor() -> None:
 
 def bench(
     context: typer.Context,
-    family: Annotated[str | None, typer.Argument(help="Kernel family; none: list them.")] = None,
+    family: Annotated[str | None, typer.Argument(help="Kernel family, or kernels for all; none: list them.")] = None,
 ) -> None:
     """Benchmark of a kernel family; further arguments go to it (--help shows them)."""
     from tulu_hpc.diagnostics import benchmarks
