@@ -1,4 +1,4 @@
-"""Finds and runs the benchmark that lies beside each kernel family (`kernels/<family>/bench.py`), one or all of them."""
+"""Finds and runs the benchmarks that lie beside the kernel families (`kernels/<family>/bench.py`)."""
 
 from __future__ import annotations
 
