@@ -1,4 +1,4 @@
-"""The `cpu` backend: the compiled core (fp32 log-probs, sums in fp64).  Shapes: K scored tokens, Q sequences, P pairs."""
+"""The `cpu` backend of preference_loss, in the compiled core: fp32 log-probs, arithmetic in fp64."""
 
 import torch
 from torch import Tensor

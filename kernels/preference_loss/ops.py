@@ -1,4 +1,4 @@
-"""preference_loss: the public function and the torch.library op under it.  Shapes: K scored tokens, Q sequences, P pairs.
+"""preference_loss: the public function and its torch.library op.  Shapes: K scored tokens, Q sequences, P pairs.
 
 The op `tulu_hpc::preference_loss` returns loss, coefficients (derivatives of the loss) and metrics from one launch; its
 backward pass multiplies the coefficients by the upstream gradient. The reference backend is differentiable torch.
@@ -47,9 +47,10 @@ def preference_loss(
         logprobs_K: fp32 or fp64 log-probs of the scored tokens under the policy, differentiable.
         sequence_id_K: int64 [K], the sequence of each token, non-decreasing.
         reference_sums_Q: fp32 or fp64 sums of reference log-probs of every sequence (sums also for the kinds on means).
-            Policy sums, accumulated in fp64, are rounded to its dtype. simpo and orpo do not need it: None, with lengths_Q.
-        pairs_P2: int64 [P, 2], sequence ids of chosen and rejected. kto takes (q, -1) for a desirable and (-1, q) for an
-            undesirable sequence; a pair counts as one of each.
+            Policy sums, accumulated in fp64, are rounded to its dtype. simpo and orpo do not need it: None, with
+            lengths_Q.
+        pairs_P2: int64 [P, 2], sequence ids of chosen and rejected. kto takes (q, -1) for a desirable and (-1, q) for
+            an undesirable sequence; a pair counts as one of each.
         kind: dpo, dpo_norm, cdpo, robust, simpo, ipo, hinge, orpo or kto.
         beta: > 0; for orpo the weight of the odds-ratio term.
         label_smoothing: in [0, 0.5), the share of wrong preferences; dpo, dpo_norm, cdpo (> 0), robust and simpo.
@@ -64,12 +65,12 @@ def preference_loss(
             flows through them and logprobs_K is not read.
         lengths_Q: scored tokens of each sequence of any dtype; else they are counted. Needed with policy_sums_Q for
             dpo_norm, simpo, ipo, orpo, wpo and the SFT term.
-        backend: "reference", "cpu" (fp32 on the CPU) or "triton" (fp32 on CUDA); None chooses by device, fp64: reference.
+        backend: "reference", "cpu" (fp32) or "triton" (fp32); None: by device, and reference for fp64.
 
     Returns:
         loss: sum over pairs, in the dtype of logprobs_K (or policy_sums_Q). metrics: sums over pairs of
-        rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected}, lengths/{chosen,rejected} (when lengths are
-        known), counts/{chosen,rejected} (sides that are not -1), loss/sft (with an SFT term), weights (with weights).
+        rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected}, lengths/{chosen,rejected} (when lengths
+        are known), counts/{chosen,rejected} (sides that are not -1), loss/sft (with an SFT term), weights (if any).
         Divide by the number of pairs, or by the counts for kto.
 
     Raises:
@@ -161,7 +162,9 @@ def _check_tensors(problem: Problem) -> None:
         if problem.options.table.reference:
             raise ValueError(f"{problem.options.kind} needs reference_sums_Q")
         if problem.lengths_Q is None and problem.policy_sums_Q is None:
-            raise ValueError("without reference_sums_Q, lengths_Q or policy_sums_Q must say how many sequences there are")
+            raise ValueError(
+                "without reference_sums_Q, lengths_Q or policy_sums_Q must say how many sequences there are"
+            )
     sequences = problem.sequences
     for label, table, shape in (
         ("reference_sums_Q", problem.reference_sums_Q, [sequences]),
@@ -195,10 +198,9 @@ def _check_ids(problem: Problem) -> None:
     ids, pairs, sequences = problem.sequence_id_K, problem.pairs_P2, problem.sequences
     if ids.device.type != "cpu":
         return
-    if problem.policy_sums_Q is None and len(ids):
-        # Sorted: the first and the last bound all of them.
-        if bool((ids[1:] < ids[:-1]).any()) or int(ids[0]) < 0 or int(ids[-1]) >= sequences:
-            raise ValueError(f"sequence_id_K must be non-decreasing and in 0..{sequences - 1}")
+    read = problem.policy_sums_Q is None and len(ids) > 0
+    if read and (bool((ids[1:] < ids[:-1]).any()) or int(ids[0]) < 0 or int(ids[-1]) >= sequences):
+        raise ValueError(f"sequence_id_K must be non-decreasing and in 0..{sequences - 1}")
     if len(pairs):
         low, high = pairs.amin(1), pairs.amax(1)
         lowest = -1 if problem.options.kind == "kto" else 0
@@ -219,6 +221,10 @@ def _choose(backend: str | None, tensor: Tensor) -> str:
     if name == "triton":
         triton_support.check_device(OP, tensor)
     return name
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 # ------------------------------------------------------------------------------------------------ torch.library
@@ -245,21 +251,19 @@ def preference_loss_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, its derivatives by logprobs_K (by policy_sums_Q if given), and the sums of `METRICS`; all fp32."""
-    tensors = (
-        logprobs_K,
-        sequence_id_K,
-        pairs_P2,
-        reference_sums_Q,
-        policy_sums_Q,
-        lengths_Q,
-        weights_P,
-        alignment_sums_Q,
+    options = Options(kind, beta, label_smoothing, gamma, sft_weight, desirable_weight, undesirable_weight, kl, wpo)
+    problem = Problem(
+        logprobs_K.contiguous(),
+        sequence_id_K.contiguous(),
+        pairs_P2.contiguous(),
+        _contiguous(reference_sums_Q),
+        _contiguous(policy_sums_Q),
+        _contiguous(lengths_Q),
+        _contiguous(weights_P),
+        _contiguous(alignment_sums_Q),
         kl_tensor,
+        options,
     )
-    options = Options(
-        kind, beta, label_smoothing, gamma, sft_weight, desirable_weight, undesirable_weight, kl, wpo
-    )
-    problem = Problem(*(None if x is None else x.detach().contiguous() for x in tensors), options)  # type: ignore[arg-type]
     if backend == "cpu":
         record(OP, backend)
         return cpu.preference_loss(problem)

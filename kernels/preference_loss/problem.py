@@ -1,4 +1,4 @@
-"""What every backend of preference_loss is given, and the table of kinds.  Shapes: K scored tokens, Q sequences, P pairs."""
+"""What the backends of preference_loss get; the table of kinds.  Shapes: K scored tokens, Q sequences, P pairs."""
 
 from typing import NamedTuple
 

@@ -65,7 +65,9 @@ def preference_loss(problem: Problem) -> tuple[Tensor, Tensor]:
     divisor_Q = lengths_Q.clamp(min=1)
     x_Q = sums_Q
     if problem.reference_sums_Q is not None:
-        sums_Q = sums_Q.to(problem.reference_sums_Q.dtype).double()
+        # The gradient is not rounded with them.
+        rounded = sums_Q.detach().to(problem.reference_sums_Q.dtype).double()
+        sums_Q = sums_Q + (rounded - sums_Q.detach())
         x_Q = sums_Q - problem.reference_sums_Q.double() if options.table.reference else sums_Q
     if options.table.mean:
         x_Q = x_Q / divisor_Q

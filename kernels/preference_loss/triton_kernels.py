@@ -1,11 +1,13 @@
 """preference_loss in one Triton launch; formulas in `reference`.  Shapes: K scored tokens, Q sequences, P pairs.
 
-One program per *sequence*, so that every coefficient has one writer, also when a sequence is in several pairs or in none:
-it sums its own tokens, looks itself up in the pair table, sums its partner's tokens (they are in the cache: the partner's
-program reads them too) and writes the derivative to its tokens. The program of a pair's chosen sequence writes the pair's
-terms; the last program to finish adds those up in the order of the table. Sums and the arithmetic of pairs are in fp64.
+One program per *sequence*, so that every coefficient has one writer, also when a sequence is in several pairs or in
+none: it sums its own tokens, looks itself up in the pair table, sums its partner's tokens (they are in the cache: the
+partner's program reads them too) and writes the derivative to its tokens. The program of a pair's chosen sequence
+writes the pair's terms; the last program to finish adds those up in the order of the table. Sums and the arithmetic of
+pairs are in fp64 (options arrive in fp32). With many pairs the look-ups cost Q P / 128 loads of 2 KiB.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ _ODDS_LIMIT = tl.constexpr(ODDS_LIMIT)
 _METRICS = tl.constexpr(len(METRICS))
 _COLUMNS = tl.constexpr(16)  # metrics of a pair, rounded up to a power of two
 
-TOKENS_BLOCK, SEARCH_BLOCK, PAIRS_BLOCK, WARPS = 1024, 256, 64, 4
+# Per thread few enough values that nothing is spilled on any architecture.
+TOKENS_BLOCK, SEARCH_BLOCK, PAIRS_BLOCK, WARPS = 1024, 128, 128, 4
 _NUMBERS = (
     "beta",
     "softplus_down",
@@ -38,9 +41,12 @@ _NUMBERS = (
 
 
 @triton.jit
-def _sigmoid(z):
+def _sigmoids(z):
+    """sigmoid(z) and sigmoid(-z), each to full relative precision, by one division."""
     decay = tl.exp(-tl.abs(z))
-    return tl.where(z >= 0, 1.0, decay) / (1.0 + decay)
+    large = 1.0 / (1.0 + decay)
+    small = decay * large
+    return tl.where(z >= 0, large, small), tl.where(z >= 0, small, large)
 
 
 @triton.jit
@@ -50,7 +56,7 @@ def _softplus(z):
 
 @triton.jit
 def _narrow(ids, first, size, q, BLOCK: tl.constexpr):
-    """The first position with an id >= q lies in [first, first + size]; cuts that range into BLOCK parts and takes one."""
+    """The first position with an id >= q is in [first, first + size]; cuts that range into BLOCK parts, takes one."""
     lane = tl.arange(0, BLOCK)
     step = (size + BLOCK - 1) // BLOCK
     inside = lane * step < size
@@ -121,8 +127,10 @@ def _pair(
     margin = beta * (x_chosen - x_rejected)
     if CODE == _SIGMOID:
         z = margin - margin_shift
-        loss = softplus_down * _softplus(-z) + softplus_up * _softplus(z)
-        slope_chosen = beta * (softplus_up * _sigmoid(z) - softplus_down * _sigmoid(-z))
+        up, down = _sigmoids(z)
+        loss = _softplus(-z)
+        loss = softplus_down * loss + softplus_up * (loss + z)
+        slope_chosen = beta * (softplus_up * up - softplus_down * down)
         slope_rejected = -slope_chosen
     elif CODE == _SQUARE:
         away = x_chosen - x_rejected - distance
@@ -138,14 +146,16 @@ def _pair(
         odds_rejected, growth_rejected = _log_odds(x_rejected)
         odds = odds_chosen - odds_rejected
         loss = beta * _softplus(-odds)
-        slope_chosen = -beta * _sigmoid(-odds) * growth_chosen
-        slope_rejected = beta * _sigmoid(-odds) * growth_rejected
+        _up, down = _sigmoids(odds)
+        slope_chosen = -beta * down * growth_chosen
+        slope_rejected = beta * down * growth_rejected
     else:
-        over = beta * x_chosen - z
-        under = beta * x_rejected - z
-        loss = has_chosen * desirable * _sigmoid(-over) + has_rejected * undesirable * _sigmoid(under)
-        slope_chosen = -has_chosen * desirable * beta * _sigmoid(-over) * _sigmoid(over)
-        slope_rejected = has_rejected * undesirable * beta * _sigmoid(under) * _sigmoid(-under)
+        up, down = _sigmoids(beta * x_chosen - z)
+        loss = has_chosen * desirable * down
+        slope_chosen = -loss * beta * up
+        up, down = _sigmoids(beta * x_rejected - z)
+        slope_rejected = has_rejected * undesirable * up * beta * down
+        loss += has_rejected * undesirable * up
     return loss, slope_chosen, slope_rejected
 
 
@@ -182,7 +192,7 @@ def preference_kernel(
     beta, softplus_down, softplus_up, margin_shift, distance, sft_weight, desirable, undesirable, kl_value,
     CODE: tl.constexpr, MEAN: tl.constexpr, SUBTRACT: tl.constexpr, TOKENS: tl.constexpr, REFERENCE: tl.constexpr,
     LENGTHS: tl.constexpr, WEIGHTS: tl.constexpr, ALIGNMENT: tl.constexpr, KL: tl.constexpr, WPO: tl.constexpr,
-    BLOCK: tl.constexpr, SEARCH: tl.constexpr, PAIRS: tl.constexpr,
+    SFT: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Program q: the coefficients of sequence q, and the terms of the pairs that it is the chosen (or only) side of."""
     q = tl.program_id(0)
@@ -215,7 +225,8 @@ def preference_kernel(
             sum_rejected = tl.where(rejected == q, own_sum, sum_2) * has_rejected
             length_chosen = tl.where(chosen == q, own_length, length_2) * has_chosen
             length_rejected = tl.where(rejected == q, own_length, length_2) * has_rejected
-            divisor_chosen, divisor_rejected = tl.maximum(length_chosen, 1.0), tl.maximum(length_rejected, 1.0)
+            if MEAN or WPO or SFT:
+                per_chosen, per_rejected = 1.0 / tl.maximum(length_chosen, 1.0), 1.0 / tl.maximum(length_rejected, 1.0)
             x_chosen, x_rejected = sum_chosen, sum_rejected
             row_chosen = tl.minimum(tl.maximum(chosen, 0), Q - 1)
             row_rejected = tl.minimum(tl.maximum(rejected, 0), Q - 1)
@@ -223,8 +234,8 @@ def preference_kernel(
                 x_chosen -= tl.load(reference + row_chosen).to(tl.float64) * has_chosen
                 x_rejected -= tl.load(reference + row_rejected).to(tl.float64) * has_rejected
             if MEAN:
-                x_chosen /= divisor_chosen
-                x_rejected /= divisor_rejected
+                x_chosen *= per_chosen
+                x_rejected *= per_rejected
             z = x_chosen * 0.0 + kl_value
             if KL:
                 z = tl.load(kl).to(tl.float64)
@@ -234,8 +245,8 @@ def preference_kernel(
                 distance, desirable, undesirable, CODE,
             )  # fmt: skip
             if MEAN:
-                slope_chosen /= divisor_chosen
-                slope_rejected /= divisor_rejected
+                slope_chosen *= per_chosen
+                slope_rejected *= per_rejected
             weight = x_chosen * 0.0 + 1.0
             if WEIGHTS:
                 weight = tl.load(weights + index).to(tl.float64)
@@ -245,9 +256,11 @@ def preference_kernel(
                 if ALIGNMENT:
                     aligned_chosen -= tl.load(alignment + row_chosen).to(tl.float64)
                     aligned_rejected -= tl.load(alignment + row_rejected).to(tl.float64)
-                factor *= tl.exp(aligned_chosen / divisor_chosen) * tl.exp(aligned_rejected / divisor_rejected)
-            sft = -weight * sft_weight * sum_chosen / divisor_chosen
-            sft_slope = -weight * sft_weight * has_chosen / divisor_chosen
+                factor *= tl.exp(aligned_chosen * per_chosen + aligned_rejected * per_rejected)
+            sft, sft_slope = weight * 0.0, weight * 0.0
+            if SFT:
+                sft_slope = -weight * sft_weight * per_chosen * has_chosen
+                sft = sft_slope * sum_chosen
             slope += tl.where(chosen == q, factor * slope_chosen + sft_slope, 0.0)
             slope += tl.where(rejected == q, factor * slope_rejected, 0.0)
             if (chosen == q) | (chosen < 0):
@@ -301,12 +314,13 @@ def _arrival_counter(device: torch.device) -> Tensor:
 
 
 def preference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, its derivatives by `problem.input`, and the metrics vector; fp32. A wrong id makes loss, metrics and derivatives NaN."""
+    """Loss, its derivatives by `problem.input`, and the metrics vector; fp32. Wrong ids make them NaN."""
     options, kind, sequences = problem.options, problem.options.table, problem.sequences
     device = problem.input.device
     coefficients = torch.empty_like(problem.input, dtype=torch.float32)
     if sequences == 0:
-        if problem.logprobs_K.numel() and problem.policy_sums_Q is None or problem.pairs_P2.numel():
+        tokens = problem.logprobs_K.numel() if problem.policy_sums_Q is None else 0
+        if tokens or problem.pairs_P2.numel():
             raise ValueError("there are tokens or pairs, but no sequences")
         return torch.zeros((), device=device), coefficients, torch.zeros(len(METRICS), device=device)
     loss = torch.empty((), device=device)
@@ -324,7 +338,7 @@ def preference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         problem.kl,
     )
     down, up = options.softplus_weights
-    with torch.cuda.device(device) if device.type == "cuda" else torch.device("cpu"):
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         preference_kernel[(sequences,)](
             problem.logprobs_K,
             problem.sequence_id_K,
@@ -357,6 +371,7 @@ def preference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
             ALIGNMENT=problem.alignment_sums_Q is not None,
             KL=problem.kl is not None,
             WPO=options.wpo,
+            SFT=options.sft_weight != 0,
             BLOCK=TOKENS_BLOCK,
             SEARCH=SEARCH_BLOCK,
             PAIRS=PAIRS_BLOCK,
@@ -371,7 +386,7 @@ def ahead_of_time() -> list[Case]:
     variants: list[tuple[str, str, dict[str, bool]]] = [(name, name, {}) for name in kinds]
     variants += [
         ("dpo_norm_sums", "dpo_norm", {"TOKENS": False, "LENGTHS": True}),
-        ("dpo_wpo", "dpo", {"WPO": True, "ALIGNMENT": True, "WEIGHTS": True}),
+        ("dpo_norm_wpo", "dpo_norm", {"WPO": True, "ALIGNMENT": True, "WEIGHTS": True, "SFT": True}),
     ]
     cases = []
     for name, kind_name, changes in variants:
@@ -387,6 +402,7 @@ def ahead_of_time() -> list[Case]:
             "ALIGNMENT": False,
             "KL": kind_name == "kto",
             "WPO": False,
+            "SFT": kind_name == "orpo",
             **changes,
         }
         pointers = {
