@@ -3,9 +3,10 @@
     python -m tulu_hpc.kernels.preference_loss.bench [--quick] [--json PATH]
 
 64k tokens in 64 pairs. `ms`: CPU seconds of the process per thread on CPU (other programs do not disturb them), time
-between events on CUDA, which includes the launch overhead of Python. `device_us`: one replay of the forward pass (which
-computes the gradient too) as a CUDA graph, `launches`: its kernels; both on CUDA only. The floor is the time that the
-bytes which must be moved (log-probs, ids, coefficients) take at the speed of a large copy, measured in the same run.
+between events on CUDA, which includes the launch overhead of Python. On CUDA also `device_us`: one replay of the
+forward pass (which computes the gradient too) as a CUDA graph, and `launches`: kernels of a call outside of a graph.
+The floor is the time that the bytes which must be moved (log-probs, ids, coefficients) take at the speed of a large
+copy, measured in the same run.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tulu_hpc.kernels import triton_support
 from tulu_hpc.kernels.native import core_status
-from tulu_hpc.kernels.preference_loss import cpu, reference
+from tulu_hpc.kernels.preference_loss import cpu, reference, triton_launch
 from tulu_hpc.kernels.preference_loss.problem import KINDS, METRICS, Options, Problem
 from tulu_hpc.kernels.registry import USABLE, BackendError, LossOutput, choose, record, register
 
@@ -267,11 +267,9 @@ def preference_loss_op(
     if backend == "cpu":
         record(OP, backend)
         return cpu.preference_loss(problem)
-    from tulu_hpc.kernels.preference_loss import triton_kernels
-
     _check_ids(problem)
     record(OP, backend)
-    return triton_kernels.preference_loss(problem)
+    return triton_launch.preference_loss(problem)
 
 
 @preference_loss_op.register_fake

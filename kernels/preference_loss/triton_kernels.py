@@ -7,23 +7,21 @@ writes the pair's terms; the last program to finish adds those up in the order o
 pairs are in fp64 (options arrive in fp32). With many pairs the look-ups cost Q P / 128 loads of 2 KiB.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from tulu_hpc.kernels.ahead_of_time import Case
 from tulu_hpc.kernels.preference_loss import problem as table
-from tulu_hpc.kernels.preference_loss.problem import METRICS, ODDS_LIMIT, Problem
+from tulu_hpc.kernels.preference_loss.problem import METRICS, ODDS_LIMIT
 
 _SIGMOID, _SQUARE, _HINGE = tl.constexpr(table.SIGMOID), tl.constexpr(table.SQUARE), tl.constexpr(table.HINGE)
 _ODDS, _UNPAIRED = tl.constexpr(table.ODDS), tl.constexpr(table.UNPAIRED)
 _ODDS_LIMIT = tl.constexpr(ODDS_LIMIT)
 _METRICS = tl.constexpr(len(METRICS))
-_COLUMNS = tl.constexpr(16)  # metrics of a pair, rounded up to a power of two
+COLUMNS = 16  # metrics of a pair, rounded up to a power of two
+_COLUMNS = tl.constexpr(COLUMNS)
 
 # Per thread few enough values that nothing is spilled on any architecture.
 TOKENS_BLOCK, SEARCH_BLOCK, PAIRS_BLOCK, WARPS = 1024, 128, 128, 4
@@ -298,94 +296,13 @@ def preference_kernel(
         tl.store(arrivals, 0)
 
 
-_arrivals: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _arrival_counter(device: torch.device) -> Tensor:
-    """A counter that is zero between launches, one for each stream: launches of one stream do not overlap."""
-    if device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)  # of the graph's own memory
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _arrivals:
-        _arrivals[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _arrivals[key]
-
-
-def preference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, its derivatives by `problem.input`, and the metrics vector; fp32. Wrong ids make them NaN."""
-    options, kind, sequences = problem.options, problem.options.table, problem.sequences
-    device = problem.input.device
-    coefficients = torch.empty_like(problem.input, dtype=torch.float32)
-    if sequences == 0:
-        tokens = problem.logprobs_K.numel() if problem.policy_sums_Q is None else 0
-        if tokens or problem.pairs_P2.numel():
-            raise ValueError("there are tokens or pairs, but no sequences")
-        return torch.zeros((), device=device), coefficients, torch.zeros(len(METRICS), device=device)
-    loss = torch.empty((), device=device)
-    metrics = torch.empty(len(METRICS), device=device)
-    pairs = problem.pairs_P2.shape[0]
-    terms = torch.empty(pairs, _COLUMNS.value, dtype=torch.float64, device=device)
-    wrong = torch.empty(sequences, dtype=torch.int32, device=device)
-    tables = (
-        problem.policy_sums_Q,
-        problem.reference_sums_Q,
-        problem.lengths_Q,
-        problem.pairs_P2,
-        problem.weights_P,
-        problem.alignment_sums_Q,
-        problem.kl,
-    )
-    down, up = options.softplus_weights
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        preference_kernel[(sequences,)](
-            problem.logprobs_K,
-            problem.sequence_id_K,
-            *(wrong if x is None else x for x in tables),  # what is absent is never read
-            coefficients,
-            loss,
-            metrics,
-            terms,
-            wrong,
-            _arrival_counter(device),
-            problem.logprobs_K.shape[0],
-            sequences,
-            pairs,
-            float(options.beta),
-            down,
-            up,
-            float(options.margin_shift),
-            0.5 / options.beta,
-            float(options.sft_weight),
-            float(options.desirable_weight),
-            float(options.undesirable_weight),
-            float(options.kl),
-            CODE=kind.code,
-            MEAN=kind.mean,
-            SUBTRACT=kind.reference,
-            TOKENS=problem.policy_sums_Q is None,
-            REFERENCE=problem.reference_sums_Q is not None,
-            LENGTHS=problem.lengths_Q is not None,
-            WEIGHTS=problem.weights_P is not None,
-            ALIGNMENT=problem.alignment_sums_Q is not None,
-            KL=problem.kl is not None,
-            WPO=options.wpo,
-            SFT=options.sft_weight != 0,
-            BLOCK=TOKENS_BLOCK,
-            SEARCH=SEARCH_BLOCK,
-            PAIRS=PAIRS_BLOCK,
-            num_warps=WARPS,
-        )
-    return loss, coefficients, metrics
-
-
 def ahead_of_time() -> list[Case]:
     """Every kind with what it needs in production, and the sums of context parallelism."""
     kinds = [name for name in table.KINDS if name not in ("cdpo", "robust")]  # the same code as dpo
     variants: list[tuple[str, str, dict[str, bool]]] = [(name, name, {}) for name in kinds]
     variants += [
         ("dpo_norm_sums", "dpo_norm", {"TOKENS": False, "LENGTHS": True}),
+        ("dpo_norm_fp64", "dpo_norm", {"LENGTHS": True}),
         ("dpo_norm_wpo", "dpo_norm", {"WPO": True, "ALIGNMENT": True, "WEIGHTS": True, "SFT": True}),
     ]
     cases = []
@@ -412,6 +329,8 @@ def ahead_of_time() -> list[Case]:
             **dict.fromkeys(("wrong", "arrivals"), "*i32"),
             "terms": "*fp64",
         }
+        if name == "dpo_norm_fp64":
+            pointers.update(reference="*fp64", lengths="*i64")
         cases.append(
             Case(
                 name=f"preference_loss/preference_kernel/{name}",
