@@ -5,6 +5,7 @@ backward pass multiplies the coefficients by the upstream gradient. The referenc
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -115,7 +116,8 @@ def preference_loss(
         loss, metrics = reference.preference_loss(problem)
         loss, metrics = loss.to(problem.input.dtype), metrics.to(problem.input.dtype)
     else:
-        loss, _, metrics = torch.ops.tulu_hpc.preference_loss(*problem[:-1], *options, name)
+        numbers = [float(number) for number in options[1:]]
+        loss, _, metrics = torch.ops.tulu_hpc.preference_loss(*problem[:-1], kind, numbers, name)
     return LossOutput(loss, _named(metrics.detach(), problem))
 
 
@@ -128,7 +130,7 @@ def _named(metrics: Tensor, problem: Problem) -> dict[str, Tensor]:
         "loss/sft": problem.options.sft_weight != 0,
         "weights": problem.options.wpo or problem.weights_P is not None,
     }
-    return {name: metrics[i] for i, name in enumerate(METRICS) if shown.get(name, True)}
+    return {name: value for name, value in zip(METRICS, metrics.unbind()) if shown.get(name, True)}
 
 
 def _check_options(options: Options, *, has_kl: bool, has_alignment: bool) -> None:
@@ -240,18 +242,15 @@ def preference_loss_op(
     alignment_sums_Q: Tensor | None,
     kl_tensor: Tensor | None,
     kind: str,
-    beta: float,
-    label_smoothing: float,
-    gamma: float,
-    sft_weight: float,
-    desirable_weight: float,
-    undesirable_weight: float,
-    kl: float,
-    wpo: bool,
+    numbers: Sequence[float],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, its derivatives by logprobs_K (by policy_sums_Q if given), and the sums of `METRICS`; all fp32."""
-    options = Options(kind, beta, label_smoothing, gamma, sft_weight, desirable_weight, undesirable_weight, kl, wpo)
+    """Loss, its derivatives by logprobs_K (by policy_sums_Q if given), and the sums of `METRICS`; all fp32.
+
+    numbers: `Options` without the kind. In one list, because torch's autograd of a custom op takes a time that grows
+    with the square of the number of arguments.
+    """
+    options = Options(kind, *numbers[:-1], wpo=bool(numbers[-1]))
     problem = Problem(
         logprobs_K.contiguous(),
         sequence_id_K.contiguous(),

@@ -299,8 +299,8 @@ def test_opcheck(backend: str) -> None:
     for policy_sums, table in ((None, None), (sums.requires_grad_(), lengths)):
         x = case["logprobs_K"].detach().requires_grad_(policy_sums is None)
         tensors = (x, case["sequence_id_K"], case["pairs_P2"], case["reference_sums_Q"], policy_sums, table)
-        numbers = ("dpo_norm", 0.3, 0.1, 0.0, 0.5, 1.0, 1.0, 0.0, False, backend)
-        torch.library.opcheck(torch.ops.tulu_hpc.preference_loss.default, (*tensors, None, None, None, *numbers))
+        more = ("dpo_norm", [0.3, 0.1, 0.0, 0.5, 1.0, 1.0, 0.0, 0.0], backend)
+        torch.library.opcheck(torch.ops.tulu_hpc.preference_loss.default, (*tensors, None, None, None, *more))
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
