@@ -250,7 +250,8 @@ def preference_loss_op(
     numbers: `Options` without the kind. In one list, because torch's autograd of a custom op takes a time that grows
     with the square of the number of arguments.
     """
-    options = Options(kind, *numbers[:-1], wpo=bool(numbers[-1]))
+    beta, smoothing, gamma, sft_weight, desirable_weight, undesirable_weight, kl, wpo = numbers
+    options = Options(kind, beta, smoothing, gamma, sft_weight, desirable_weight, undesirable_weight, kl, bool(wpo))
     problem = Problem(
         logprobs_K.contiguous(),
         sequence_id_K.contiguous(),
