@@ -50,6 +50,20 @@ PYBIND11_MODULE(_core, module) {
                                                        at<int64_t>(target), at<int64_t>(row_start), at<float>(stats),
                                                        at<float>(grad), inv_temperature, softcap, threads);
              });
+  module.def("preference_loss_cpu",
+             [](Address logprobs, Address sequence_id, Address policy_sums, Address reference, Address lengths, Address pairs,
+                Address weights, Address alignment, int64_t tokens, int64_t sequences, int64_t pair_count, int code, bool mean,
+                bool subtract, bool round_to_float, bool wpo, double beta, double softplus_down, double softplus_up,
+                double margin_shift, double sft_weight, double desirable_weight, double undesirable_weight, double kl,
+                double odds_limit, Address coefficients, Address metrics, int threads) {
+               py::gil_scoped_release release;
+               const TuluPreference problem{at<float>(logprobs), at<int64_t>(sequence_id), at<double>(policy_sums),
+                                            at<double>(reference), at<double>(lengths), at<int64_t>(pairs),
+                                            at<double>(weights), at<double>(alignment), tokens, sequences, pair_count, code,
+                                            mean, subtract, round_to_float, wpo, beta, softplus_down, softplus_up,
+                                            margin_shift, sft_weight, desirable_weight, undesirable_weight, kl, odds_limit};
+               return tulu_preference_loss_cpu(&problem, at<float>(coefficients), at<double>(metrics), threads);
+             });
 #ifdef TULU_WITH_CUDA
   module.def("linear_logprob_forward_cuda",
              [](Address logits, int64_t ld, int64_t rows, int64_t cols, int64_t first, Address target, Address row_start,

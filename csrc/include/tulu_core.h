@@ -49,6 +49,35 @@ TULU_API int tulu_linear_logprob_backward_cpu(const float* logits, int64_t ld, f
                                               const float* stats, const float* grad, float inv_temperature, float softcap,
                                               int threads);
 
+/* One call of preference_loss; formulas in kernels/preference_loss/reference.py. K scored tokens, Q sequences, P pairs.
+ * Pointers that may be null: logprobs and sequence_id (when policy_sums is given), policy_sums, reference (no reference),
+ * lengths (counted from sequence_id), weights, alignment. pairs: [P, 2], -1 for a missing side (unpaired kind only). */
+typedef struct {
+  const float* logprobs;
+  const int64_t* sequence_id;
+  const double* policy_sums;
+  const double* reference;
+  const double* lengths;
+  const int64_t* pairs;
+  const double* weights;
+  const double* alignment;
+  int64_t tokens, sequences, pair_count;
+  int code;           /* 0 sigmoid, 1 squared distance, 2 hinge, 3 log odds, 4 unpaired sigmoid */
+  int mean;           /* scores are per-token means */
+  int subtract;       /* scores are relative to the reference */
+  int round_to_float; /* sums are rounded to fp32, as the reference's were */
+  int wpo;
+  double beta, softplus_down, softplus_up, margin_shift, sft_weight, desirable_weight, undesirable_weight, kl, odds_limit;
+} TuluPreference;
+
+#define TULU_PREFERENCE_METRICS 13
+#define TULU_PREFERENCE_BAD_SEQUENCE_ID (-101) /* outside 0 .. Q-1, or decreasing */
+#define TULU_PREFERENCE_BAD_PAIR (-102)        /* outside 0 .. Q-1, or a missing side where none may be */
+
+/* Writes d loss / d log-prob [tokens], or with policy_sums d loss / d sum [sequences], and the sums over pairs [13] in the
+ * order of kernels/preference_loss/problem.py. Deterministic, whatever the number of threads. */
+TULU_API int tulu_preference_loss_cpu(const TuluPreference* problem, float* coefficients, double* metrics, int threads);
+
 #ifdef TULU_WITH_CUDA
 /* Device pointers; `stream` is a cudaStream_t of the current device. */
 TULU_API int tulu_linear_logprob_forward_cuda(const float* logits, int64_t ld, int64_t rows, int64_t cols, int64_t first,

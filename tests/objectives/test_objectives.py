@@ -195,28 +195,48 @@ def test_lengths_count_the_whole_pack() -> None:
     assert sequence_lengths(torch.tensor([0, 0, 2]), 4).tolist() == [2.0, 0.0, 1.0, 0.0]
 
 
-def half_of_the_tokens() -> tuple[float, Tensor, dict[str, float]]:
+KINDS: list[dict[str, Any]] = [
+    {"kind": "dpo"},
+    {"kind": "dpo_norm", "sft_weight": 0.2},
+    {"kind": "cdpo", "label_smoothing": 0.1, "weighting": "wpo"},
+    {"kind": "robust", "label_smoothing": 0.1},
+    {"kind": "simpo", "gamma": 0.5},
+    {"kind": "ipo"},
+    {"kind": "hinge"},
+    {"kind": "orpo"},
+    {"kind": "kto", "kl": 0.2, "undesirable_weight": 1.5},
+]
+
+
+def half_of_the_tokens() -> list[tuple[float, Tensor, dict[str, tuple[float, float]]]]:
     groups = initialize(Layout(context=2), seed=1)
     batch = pairs_batch()
     mine = torch.arange(len(batch["sequence_id_K"])) % 2 == groups.cp_rank
     logprobs = batch["logprobs_K"].detach()[mine].requires_grad_()
     rest = {**batch, "logprobs_K": logprobs, "sequence_id_K": batch["sequence_id_K"][mine]}
-    terms = preference_terms(**rest, global_pairs=3, kind="dpo_norm", beta=0.3, cp_group=groups.pg.cp)
-    (gradient,) = torch.autograd.grad(terms.loss, logprobs)
-    whole = torch.zeros(len(mine), dtype=torch.float64)
-    whole[mine] = gradient
-    return float(terms.loss.detach()), whole, {k: (float(a), float(b)) for k, (a, b) in terms.metrics.items()}
+    results = []
+    for options in KINDS:
+        terms = preference_terms(**rest, global_pairs=3, beta=0.3, cp_group=groups.pg.cp, **options)
+        (gradient,) = torch.autograd.grad(terms.loss, logprobs)
+        whole = torch.zeros(len(mine), dtype=torch.float64)
+        whole[mine] = gradient
+        metrics = {k: (float(a), float(b)) for k, (a, b) in terms.metrics.items()}
+        results.append((float(terms.loss.detach()), whole, metrics))
+    return results
 
 
 def test_context_parallel_ranks_share_a_sequence() -> None:
     batch = pairs_batch()
-    wanted = preference_terms(**batch, global_pairs=3, kind="dpo_norm", beta=0.3)
-    (gradient,) = torch.autograd.grad(wanted.loss, batch["logprobs_K"])
-    results = run_forked(2, half_of_the_tokens)
-    for loss, _, _ in results:
-        assert loss == pytest.approx(float(wanted.loss.detach()), abs=1e-12)
-    torch.testing.assert_close(results[0][1] + results[1][1], gradient, atol=1e-12, rtol=0)
-    for name, (total, count) in wanted.metrics.items():
-        sums = [result[2][name] for result in results]
-        assert sum(s[0] for s in sums) == pytest.approx(float(total))
-        assert sum(s[1] for s in sums) == float(count), "pairs are counted once, not once per rank"
+    by_rank = run_forked(2, half_of_the_tokens)
+    for index, options in enumerate(KINDS):
+        wanted = preference_terms(**batch, global_pairs=3, beta=0.3, **options)
+        (gradient,) = torch.autograd.grad(wanted.loss, batch["logprobs_K"])
+        results = [of_rank[index] for of_rank in by_rank]
+        for loss, _, _ in results:
+            assert loss == pytest.approx(float(wanted.loss.detach()), abs=1e-12)
+        torch.testing.assert_close(results[0][1] + results[1][1], gradient, atol=1e-12, rtol=0)
+        assert gradient.any()
+        for name, (total, count) in wanted.metrics.items():
+            sums = [result[2][name] for result in results]
+            assert sum(s[0] for s in sums) == pytest.approx(float(total))
+            assert sum(s[1] for s in sums) == float(count), "pairs are counted once, not once per rank"

@@ -153,12 +153,43 @@ class SftSection(Section):
 
 
 class DpoSection(Section):
-    kind: Literal["dpo", "dpo_norm"] = "dpo_norm"
+    kind: Literal["dpo", "dpo_norm", "cdpo", "robust", "simpo", "ipo", "hinge", "orpo", "kto"] = Field(
+        default="dpo_norm",
+        description="Formulas and papers: kernels/preference_loss/reference.py. simpo and orpo need no reference; "
+        "kto takes a pair as one desirable and one undesirable sequence.",
+    )
     beta: float = Field(default=5.0, gt=0)
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="Share of wrong preferences; not for ipo, hinge, orpo and kto."
+    )
+    gamma: float = Field(default=0.0, ge=0, description="Target margin of simpo, in units of the reward.")
+    sft_weight: float | None = Field(
+        default=None, ge=0, description="Of the chosen answer's mean negative log-prob; empty: 1 for orpo, else 0."
+    )
+    weighting: Literal["none", "wpo"] = Field(
+        default="none", description="`wpo`: pairs are weighted by their probability under the policy."
+    )
+    kl_baseline: float = Field(default=0.0, ge=0, description="Of kto: log-ratio that counts as neutral.")
+    desirable_weight: float = Field(default=1.0, ge=0, description="Of kto.")
+    undesirable_weight: float = Field(default=1.0, ge=0, description="Of kto.")
     reference_cache: str | None = Field(
         default=None, description="Directory of reference log-probs; empty: in run.dir."
     )
+
+    @model_validator(mode="after")
+    def _fits_the_kind(self) -> Self:
+        if self.label_smoothing and self.kind in ("ipo", "hinge", "orpo", "kto"):
+            raise ValueError(f"{self.kind} has no label_smoothing")
+        if self.kind == "cdpo" and not self.label_smoothing:
+            raise ValueError("cdpo needs label_smoothing > 0; without it, it is dpo")
+        if self.gamma and self.kind != "simpo":
+            raise ValueError(f"gamma is the margin of simpo, {self.kind} has none")
+        if self.kind == "kto":
+            if self.weighting != "none":
+                raise ValueError("wpo weights pairs, the sequences of kto are unpaired")
+        elif self.kl_baseline or (self.desirable_weight, self.undesirable_weight) != (1, 1):
+            raise ValueError(f"kl_baseline, desirable_weight and undesirable_weight belong to kto, not to {self.kind}")
+        return self
 
 
 class RolloutSection(Section):

@@ -5,13 +5,13 @@ Shapes: K scored tokens of this rank, Q sequences of the pack, P pairs of the pa
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from tulu_hpc.kernels import preference_loss
-from tulu_hpc.objectives.terms import Terms, sequence_sums
+from tulu_hpc.objectives.terms import Metric, Terms, sequence_sums
 
 
 def preference_terms(
@@ -22,31 +22,34 @@ def preference_terms(
     reference_sums_Q: Tensor,
     lengths_Q: Tensor,
     global_pairs: int,
-    kind: Literal["dpo", "dpo_norm"],
+    kind: str,
     beta: float,
-    label_smoothing: float = 0.0,
     cp_group: ProcessGroup | None = None,
+    **options: Any,
 ) -> Terms:
-    """Loss of the pack's pairs over the pairs of the global batch (arXiv 2305.18290 eq. 7; dpo_norm: Tulu 3 eq. 6).
+    """Loss of the pack's pairs over the pairs of the global batch; kinds and formulas: `kernels.preference_loss`.
 
     Args:
         logprobs_K: policy, fp32; a context-parallel rank has its own tokens only.
         sequence_id_K: sequence of each of these tokens.
         pairs_P2: sequence ids of (chosen, rejected).
-        reference_sums_Q: reference log-prob of each sequence, fp32.
-        lengths_Q: scored tokens of each sequence of the whole pack (dpo_norm divides by them).
+        reference_sums_Q: reference log-prob of each sequence, fp32; not read by simpo and orpo.
+        lengths_Q: scored tokens of each sequence of the whole pack.
         global_pairs: pairs of the global batch, all ranks.
+        options: further arguments of `kernels.preference_loss` (label_smoothing, gamma, sft_weight, ...).
 
     Metrics (means over pairs): `loss`, `rewards/{chosen,rejected,margins,accuracies}` (a reward is beta times the
-    log-ratio, for dpo_norm of the per-token means) and `logps/{chosen,rejected}` (sums over a sequence).
+    score: the log-ratio, or for the kinds on means that of the per-token means), `logps/{chosen,rejected}` (sums over
+    a sequence), `lengths/{chosen,rejected}`, and where they apply `loss/sft` and `weights`.
 
     Raises:
-        ValueError: no pair in the global batch.
+        ValueError: no pair in the global batch; options that do not fit the kind.
     """
     if global_pairs < 1:
         raise ValueError(f"{kind} loss: the global batch has {global_pairs} pairs")
-    num_sequences = reference_sums_Q.numel()
-    sums_Q = sequence_sums(logprobs_K, sequence_id_K, num_sequences, cp_group)
+    # Only sums over ranks have to be taken before the kernel; it takes its own in the same launch.
+    shared = cp_group is not None and cp_group.size() > 1
+    sums_Q = sequence_sums(logprobs_K, sequence_id_K, reference_sums_Q.numel(), cp_group) if shared else None
     out = preference_loss(
         logprobs_K,
         sequence_id_K,
@@ -54,12 +57,15 @@ def preference_terms(
         pairs_P2,
         kind=kind,
         beta=beta,
-        label_smoothing=label_smoothing,
         policy_sums_Q=sums_Q,
         lengths_Q=lengths_Q,
+        **options,
     )
     # Every context-parallel rank has the same pairs; the first one counts them.
     counted = 1.0 if cp_group is None or cp_group.rank() == 0 else 0.0
     pairs = pairs_P2.shape[0] * counted
     sums = {"loss": out.loss.detach(), **out.metrics}
-    return Terms(loss=out.loss / global_pairs, metrics={name: (value * counted, pairs) for name, value in sums.items()})
+    shown: dict[str, Metric] = {
+        name: (value * counted, pairs) for name, value in sums.items() if not name.startswith("counts/")
+    }
+    return Terms(loss=out.loss / global_pairs, metrics=shown)

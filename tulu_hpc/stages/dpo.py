@@ -1,4 +1,4 @@
-"""Direct preference optimisation (dpo, dpo_norm) against the model it starts from."""
+"""Preference optimisation (dpo.kind) against the model it starts from."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tulu_hpc.training import reference
 from tulu_hpc.training.runner import LossFn
 from tulu_hpc.training.trainer import Trainer
 
+REFERENCE_FREE = ("simpo", "orpo")
 # (absolute, relative) difference allowed between a cached log-prob and its recomputation by another layout or kernel:
 # rounding in fp32; in bf16 about 0.05 per token, of both signs, over a few hundred tokens.
 TOLERANCE = {"float32": (1e-3, 1e-4), "bfloat16": (2.0, 2e-2)}
@@ -25,8 +26,8 @@ TOLERANCE = {"float32": (1e-3, 1e-4), "bfloat16": (2.0, 2e-2)}
 def run(config: DpoConfig) -> Path:
     """Train on the pairs of `data.path`; return the run directory.
 
-    The reference is the model at `model.path`. Its log-probs are computed (or found in the cache and checked) before
-    the first step, and then it is not needed again. Resuming is as in SFT.
+    The reference is the model at `model.path` (simpo and orpo need none). Its log-probs are computed (or found in the
+    cache and checked) before the first step, and then it is not needed again. Resuming is as in SFT.
 
     Raises:
         ConfigError, RecordError, LayoutError: naming the key, file, line or rank.
@@ -40,7 +41,9 @@ def run(config: DpoConfig) -> Path:
     # Also refuses a pair that fits into no pack, before any work is done.
     steps = training_run.make_loader(run, items, pad_id=pad_id).num_steps
     trainer = training_run.make_trainer(run, total_steps=steps)
-    loader = training_run.make_loader(run, add_reference(run, config, trainer, items, pad_id), pad_id=pad_id)
+    if config.dpo.kind not in REFERENCE_FREE:
+        items = add_reference(run, config, trainer, items, pad_id)
+    loader = training_run.make_loader(run, items, pad_id=pad_id)
     training_run.resume(run, trainer, loader)
     training_run.fit(run, trainer, loader, lambda data: batch_loss(run, config, data))
     return training_run.finish(run, trainer)
@@ -68,7 +71,8 @@ def batch_loss(run: Run, config: DpoConfig, data: StepData) -> LossFn:
 
     def loss(output: TokenLogprobs, batch: RankBatch) -> Terms:
         pack = batch.batch
-        none_Q = output.logprobs_K.new_zeros(pack.num_sequences)  # an empty pack has no columns
+        # An empty pack has no columns, and a reference-free loss does not need this one.
+        none_Q = output.logprobs_K.new_zeros(pack.num_sequences)
         return preference_terms(
             output.logprobs_K,
             sequence_id_K=own_targets(pack.sequence_id_K, batch),
@@ -78,8 +82,14 @@ def batch_loss(run: Run, config: DpoConfig, data: StepData) -> LossFn:
             global_pairs=data.num_items_global,
             kind=config.dpo.kind,
             beta=config.dpo.beta,
-            label_smoothing=config.dpo.label_smoothing,
             cp_group=group,
+            label_smoothing=config.dpo.label_smoothing,
+            gamma=config.dpo.gamma,
+            sft_weight=config.dpo.sft_weight,
+            weighting=config.dpo.weighting,
+            kl=config.dpo.kl_baseline,
+            desirable_weight=config.dpo.desirable_weight,
+            undesirable_weight=config.dpo.undesirable_weight,
         )
 
     return loss
