@@ -2,7 +2,7 @@
 
     linear_logprob    log-probs (and entropy) of targets from hidden states, without ever holding the full logits
     packed_attention  causal attention over a flat pack of segments that may share prefixes
-    preference_loss   DPO losses on per-token log-probs
+    preference_loss   DPO, IPO, SimPO, ORPO, KTO and other losses on per-token log-probs
     policy_loss       clipped policy-gradient losses on per-token log-probs
 
 `available_backends(op)` says what can run here, `last_backend(op)` what ran last.

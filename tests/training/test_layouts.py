@@ -90,7 +90,9 @@ def tied_results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def compare(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     for step in range(len(STEPS)):
         for key, value in wanted["metrics"][step].items():
-            assert found["metrics"][step][key] == pytest.approx(value, abs=1e-5, rel=1e-5), (step, key)
+            # A reward is beta times the difference of two sums of 50 to 100, each an fp32 number.
+            bound = 3e-5 if "/rewards/" in key else 1e-5
+            assert found["metrics"][step][key] == pytest.approx(value, abs=bound, rel=1e-5), (step, key)
         assert found["losses"][step] == pytest.approx(wanted["losses"][step], abs=1e-5)
         assert found["norms"][step] == pytest.approx(wanted["norms"][step], rel=1e-5)
     assert tiny.largest_difference(found["gradients"], wanted["gradients"], relative=True) <= 1e-5

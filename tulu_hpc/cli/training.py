@@ -24,7 +24,7 @@ def sft(config: ConfigPath, overrides: Overrides = None, print_config: PrintConf
 
 
 def dpo(config: ConfigPath, overrides: Overrides = None, print_config: PrintConfig = False) -> None:
-    """Direct preference optimisation (dpo, dpo_norm)."""
+    """Direct preference optimisation (dpo, dpo_norm, ipo, simpo, ...)."""
 
     def stage() -> Callable[[DpoConfig], Any]:
         from tulu_hpc.stages import dpo
