@@ -7,6 +7,7 @@ its backward only multiplies the gradients by the upstream one.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,23 +15,12 @@ from torch import Tensor
 
 from tulu_hpc.kernels import triton_support
 from tulu_hpc.kernels.native import core_status
-from tulu_hpc.kernels.policy_loss import cpu, problem, reference
+from tulu_hpc.kernels.policy_loss import arguments, cpu, problem, reference
 from tulu_hpc.kernels.policy_loss.problem import Inputs, Outputs, Settings
 from tulu_hpc.kernels.registry import USABLE, BackendError, choose, record, register
 
 OP = "policy_loss"
 register(OP, {"reference": lambda: USABLE, "cpu": core_status, "triton": triton_support.status})
-
-# (clip_low, clip_high) of each kind's paper. cispo: no lower bound, ratio at most 5 (arXiv 2510.13786 section 3.2).
-DEFAULT_CLIPS = {
-    "ppo": (0.2, 0.2),
-    "grpo": (0.2, 0.2),
-    "dr_grpo": (0.2, 0.2),
-    "dapo": (0.2, 0.28),
-    "gspo": (3e-4, 4e-4),
-    "cispo": (1.0, 4.0),
-}
-DEFAULT_DUAL_CLIP = 3.0  # of "ppo"; arXiv 1912.09729 section 4
 
 
 class PolicyLossOutput(NamedTuple):
@@ -94,7 +84,8 @@ def policy_loss(
             in order (ids never decrease) unless sums are passed; on CUDA ids out of order give a loss of NaN.
         kind: "ppo", "grpo" and "dr_grpo" (ratio of the token clipped; ppo with dual clip), "dapo" (clip_high >
             clip_low), "gspo" (ratio of the sequence), "cispo" (clipped ratio as a constant weight of the log-prob).
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; None: the kind's `DEFAULT_CLIPS`.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; None: the kind's own, see
+            `arguments.DEFAULT_CLIPS`.
         dual_clip: > 1, bound of the ratio for negative advantages; None: 3 for ppo, none for other kinds.
         reference_logprobs_K: of the frozen reference, needed when kl_coef is not 0; with kl_coef 0 KL is only measured.
         kl_kind: "k1", "k2" or "k3".
@@ -118,7 +109,7 @@ def policy_loss(
         ValueError, TypeError: wrong kind, shapes, dtypes, devices or values.
         BackendError: the backend cannot run.
     """
-    settings = _settings(
+    settings = arguments.settings_of(
         kind, clip_low, clip_high, dual_clip, kl_coef, kl_kind, importance, importance_level, importance_low,
         importance_high, entropy_coef, normalisation, divisor,
     )  # fmt: skip
@@ -126,9 +117,9 @@ def policy_loss(
         logprobs_K, behaviour_logprobs_K, advantages_K, sequence_id_K, old_logprobs_K, reference_logprobs_K, weights_K,
         entropy_K, sequence_sums_Q5,
     )  # fmt: skip
-    _check_needs(settings, inputs)
-    _check_tensors(inputs)
-    sequences = _count_sequences(settings, inputs, num_sequences)
+    arguments.check_needs(settings, inputs)
+    arguments.check_tensors(inputs)
+    sequences = arguments.count_sequences(settings, inputs, num_sequences)
     name = _choose(backend, logprobs_K)
     if name == "triton" and settings.by_sequence and sequence_sums_Q5 is None:
         _check_order(sequence_id_K)
@@ -164,111 +155,18 @@ def policy_sequence_sums(
     Raises:
         ValueError, TypeError: wrong shapes, dtypes, devices or values.
     """
-    settings = _settings(
+    settings = arguments.settings_of(
         "gspo", None, None, None, 0.0, "k3", importance, importance_level, importance_low, importance_high, 0.0,
         "sum", None,
     )  # fmt: skip
     inputs = Inputs(
         logprobs_K, behaviour_logprobs_K, advantages_K, sequence_id_K, old_logprobs_K, None, weights_K, None, None
     )
-    _check_needs(settings, inputs)
-    _check_tensors(inputs)
-    sequences = _count_sequences(settings, inputs, num_sequences)
+    arguments.check_needs(settings, inputs)
+    arguments.check_tensors(inputs)
+    sequences = arguments.count_sequences(settings, inputs, num_sequences)
     with torch.no_grad():
-        return reference.sequence_sums(inputs, Settings(**{**vars(settings), "num_sequences": sequences}))
-
-
-def _settings(
-    kind: str,
-    clip_low: float | None,
-    clip_high: float | None,
-    dual_clip: float | None,
-    kl_coef: float,
-    kl_kind: str,
-    importance: str,
-    level: str,
-    low: float,
-    high: float,
-    entropy_coef: float,
-    normalisation: str,
-    divisor: float | None,
-) -> Settings:
-    for label, word, words in (
-        ("kind", kind, problem.KINDS),
-        ("kl_kind", kl_kind, problem.KL_KINDS),
-        ("importance", importance, problem.IMPORTANCES),
-        ("importance_level", level, problem.LEVELS),
-        ("normalisation", normalisation, problem.NORMALISATIONS),
-    ):
-        if word not in words:
-            raise ValueError(f"{label} must be {', '.join(words[:-1])} or {words[-1]}, got {word!r}")
-    clip_low = DEFAULT_CLIPS[kind][0] if clip_low is None else clip_low
-    clip_high = DEFAULT_CLIPS[kind][1] if clip_high is None else clip_high
-    if not 0 <= clip_low <= 1 or not clip_high >= 0:
-        raise ValueError(f"0 <= clip_low <= 1 and clip_high >= 0 expected, got {clip_low} and {clip_high}")
-    if dual_clip is not None and (kind == "cispo" or not dual_clip > 1):
-        raise ValueError(f"dual_clip must be greater than 1 and is not for cispo, got {dual_clip} for {kind}")
-    if dual_clip is None:
-        dual_clip = DEFAULT_DUAL_CLIP if kind == "ppo" else float("inf")
-    if not 0 <= low <= high or not high > 0:
-        raise ValueError(f"0 <= importance_low <= importance_high expected, got {low} and {high}")
-    if (normalisation == "constant") != (divisor is not None) or (divisor is not None and not divisor > 0):
-        raise ValueError(f"normalisation 'constant', and no other, needs a positive divisor, got {divisor}")
-    return Settings(
-        kind, kl_kind, importance, level, normalisation, clip_low, clip_high, dual_clip, kl_coef, low, high,
-        entropy_coef, divisor or 1.0, 0,
-    )  # fmt: skip
-
-
-def _check_needs(settings: Settings, inputs: Inputs) -> None:
-    if settings.kl_coef and inputs.reference_K is None:
-        raise ValueError("kl_coef needs reference_logprobs_K")
-    if settings.entropy_coef and inputs.entropy_K is None:
-        raise ValueError("entropy_coef needs entropy_K")
-    if settings.importance != "none" and inputs.old_K is None:
-        raise ValueError("importance weights need old_logprobs_K: they are exp(old - behaviour)")
-
-
-def _check_tensors(inputs: Inputs) -> None:
-    first = inputs.logprobs_K
-    if first.dim() != 1 or first.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"logprobs_K must be float32 or float64 [K], got {first.dtype} {list(first.shape)}")
-    labels = ("logprobs_K", "behaviour_logprobs_K", "advantages_K", "sequence_id_K", "old_logprobs_K")
-    labels += ("reference_logprobs_K", "weights_K", "entropy_K", "sequence_sums_Q5")
-    for label, tensor in zip(labels, inputs, strict=True):
-        if tensor is None:
-            continue
-        if tensor.device != first.device:
-            raise ValueError(f"{label} is on {tensor.device}, logprobs_K on {first.device}")
-        dtype = torch.int64 if label == "sequence_id_K" else first.dtype
-        if tensor.dtype != dtype:
-            raise TypeError(f"{label} must be {dtype}, got {tensor.dtype}")
-        if label == "sequence_sums_Q5":
-            if tensor.dim() != 2 or tensor.shape[1] != 5:
-                raise ValueError(f"sequence_sums_Q5 must be [Q, 5], got {list(tensor.shape)}")
-        elif tensor.shape != first.shape:
-            raise ValueError(f"{label} must be {list(first.shape)} as logprobs_K, got {list(tensor.shape)}")
-
-
-def _count_sequences(settings: Settings, inputs: Inputs, given: int | None) -> int:
-    """Q, or 0 where nothing depends on it. CPU ids are checked against it."""
-    sums_Q5, id_K = inputs.sums_Q5, inputs.sequence_id_K
-    if sums_Q5 is not None:
-        if given is not None and given != len(sums_Q5):
-            raise ValueError(f"num_sequences is {given}, sequence_sums_Q5 has {len(sums_Q5)} rows")
-        given = len(sums_Q5)
-    elif not settings.by_sequence:
-        return 0
-    compiling = torch.compiler.is_compiling()
-    if given is None:
-        if compiling:
-            raise ValueError(f"{settings.kind} with these options needs num_sequences under torch.compile")
-        given = int(id_K.max()) + 1 if len(id_K) else 0
-    if not compiling and not id_K.is_cuda and len(id_K):
-        low, high = int(id_K.min()), int(id_K.max())
-        if low < 0 or high >= given:
-            raise ValueError(f"sequence_id_K holds {low}..{high}, there are {given} sequences")
-    return given
+        return reference.sequence_sums(inputs, replace(settings, num_sequences=sequences))
 
 
 def _check_order(sequence_id_K: Tensor) -> None:
@@ -355,7 +253,7 @@ def policy_loss_op(
     inputs = Inputs(
         logprobs_K, behaviour_K, advantages_K, sequence_id_K, old_K, reference_K, weights_K, entropy_K, sums_Q5
     )
-    settings = Settings(kind, kl_kind, importance, importance_level, normalisation, *numbers, num_sequences)  # type: ignore[arg-type]
+    settings = Settings(kind, kl_kind, importance, importance_level, normalisation, *numbers, num_sequences)  # type: ignore[call-arg, arg-type]
     if backend == "reference":
         return tuple(reference.evaluate(inputs, settings))  # type: ignore[return-value]
     if backend == "cpu":

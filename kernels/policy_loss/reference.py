@@ -13,9 +13,9 @@ Per token, with b(x) = x bounded to [-40, 40] (no gradient beyond), old = behavi
     importance = 1;   truncated: min(i, importance_high);   masked: i if importance_low <= i <= importance_high else 0
     d = b(logprob - reference);   kl = k1: d    k2: d^2 / 2    k3: exp(-d) - 1 + d, as expm1(-d) + d
     loss = scale sum_k weight_k (importance_k policy_k + kl_coef kl_k - entropy_coef entropy_k)
-    scale = sum: 1    constant: 1 / divisor    token_mean: 1 / tokens    sequence_mean: 1 / (sequences length of token's)
+    scale = sum: 1    constant: 1 / divisor    token_mean: 1 / tokens    sequence_mean: 1 / (sequences length_k)
 
-Gradient of the log-prob of token k of sequence q, with s_k = d policy / d l (0 where a clip holds), c_k its scale weight:
+Gradient of the log-prob of token k of sequence q, with s_k = d policy / d l (0 where a clip holds), c_k = scale weight_k:
     c_k (importance_k s_k + kl_coef d kl / d logprob),   gspo: sum over q's tokens of c importance s, over q's length,
     in place of the first term.
 
