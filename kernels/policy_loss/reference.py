@@ -15,9 +15,9 @@ Per token, with b(x) = x bounded to [-40, 40] (no gradient beyond), old = behavi
     loss = scale sum_k weight_k (importance_k policy_k + kl_coef kl_k - entropy_coef entropy_k)
     scale = sum: 1    constant: 1 / divisor    token_mean: 1 / tokens    sequence_mean: 1 / (sequences length_k)
 
-Gradient of the log-prob of token k of sequence q, with s_k = d policy / d l (0 where a clip holds), c_k = scale weight_k:
-    c_k (importance_k s_k + kl_coef d kl / d logprob),   gspo: sum over q's tokens of c importance s, over q's length,
-    in place of the first term.
+Gradient for the log-prob of token k of sequence q, with s_k = d policy / d l (0 where a clip holds), c = scale weight:
+    c_k (importance_k s_k + kl_coef d kl / d logprob)
+    gspo: in place of the first term, the sum of c importance s over q's tokens, divided by their number
 
 Sources: PPO arXiv 1707.06347, dual clip 1912.09729, GRPO 2402.03300, Dr. GRPO 2503.20783 (constant divisor), DAPO
 2503.14476 (clip_high > clip_low, token mean), GSPO 2507.18071, CISPO 2506.13585; estimators of KL(policy || reference):
