@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tulu_hpc.kernels import PolicyLossOutput, policy_loss
+from tulu_hpc.kernels.policy_loss.problem import KINDS
 
 COLUMNS = ("logprobs_K", "behaviour_logprobs_K", "advantages_K", "sequence_id_K")
 
@@ -91,3 +93,34 @@ def definition(c: dict[str, Tensor], **options: Any) -> Tensor:
             }[options["normalisation"]]
             total = total + weights[k] * share * token
     return total
+
+
+FULL = {"kl_coef": 0.1, "entropy_coef": 0.05, "clip_low": 0.2, "clip_high": 0.3}
+
+
+def options_of(kind: str, normalisation: str, importance: str, level: str, kl_kind: str) -> dict[str, Any]:
+    options: dict[str, Any] = {**FULL, "kind": kind, "normalisation": normalisation, "kl_kind": kl_kind}
+    options |= {"importance": importance, "importance_level": level, "importance_low": 0.6, "importance_high": 1.7}
+    if normalisation == "constant":
+        options["divisor"] = 7.5
+    if kind == "ppo":
+        options["dual_clip"] = 1.6
+    if kind == "gspo":
+        options |= {"clip_low": 0.1, "clip_high": 0.1}
+    return options
+
+
+SOME = [
+    options_of(kind, normalisation, importance, level, kl)
+    for kind, (normalisation, importance, level, kl) in itertools.product(
+        KINDS,
+        [
+            ("sum", "none", "token", "k3"),
+            ("token_mean", "truncated", "token", "k1"),
+            ("sequence_mean", "masked", "sequence", "k2"),
+            ("constant", "masked", "token", "k3"),
+            ("sequence_mean", "truncated", "sequence", "k3"),
+        ],
+    )
+]
+NAMES = [f"{o['kind']}-{o['normalisation']}-{o['importance']}-{o['importance_level']}" for o in SOME]

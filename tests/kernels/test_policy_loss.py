@@ -2,59 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.policy_cases import cast, definition, pack, run
-from tests.parallel.forked import run_forked
+from tests.kernels.policy_cases import NAMES, SOME, cast, definition, options_of, pack, run
 from tulu_hpc.kernels import (
     BackendError,
     available_backends,
     last_backend,
     policy_loss,
-    policy_sequence_sums,
 )
 from tulu_hpc.kernels.policy_loss.problem import KINDS, NORMALISATIONS
 from tulu_hpc.kernels.policy_loss.reference import kl_estimate
 
 BACKENDS = ["cpu", "triton"]
-FULL = {"kl_coef": 0.1, "entropy_coef": 0.05, "clip_low": 0.2, "clip_high": 0.3}
-
-
-def options_of(kind: str, normalisation: str, importance: str, level: str, kl_kind: str) -> dict[str, Any]:
-    options: dict[str, Any] = {**FULL, "kind": kind, "normalisation": normalisation, "kl_kind": kl_kind}
-    options |= {"importance": importance, "importance_level": level, "importance_low": 0.6, "importance_high": 1.7}
-    if normalisation == "constant":
-        options["divisor"] = 7.5
-    if kind == "ppo":
-        options["dual_clip"] = 1.6
-    if kind == "gspo":
-        options |= {"clip_low": 0.1, "clip_high": 0.1}
-    return options
-
-
-SOME = [
-    options_of(kind, normalisation, importance, level, kl)
-    for kind, (normalisation, importance, level, kl) in itertools.product(
-        KINDS,
-        [
-            ("sum", "none", "token", "k3"),
-            ("token_mean", "truncated", "token", "k1"),
-            ("sequence_mean", "masked", "sequence", "k2"),
-            ("constant", "masked", "token", "k3"),
-            ("sequence_mean", "truncated", "sequence", "k3"),
-        ],
-    )
-]
-NAMES = [f"{o['kind']}-{o['normalisation']}-{o['importance']}-{o['importance_level']}" for o in SOME]
 
 
 def assert_same(got: Any, want: Any, tolerance: float = 1e-5) -> None:
@@ -286,58 +253,6 @@ def test_threads_change_nothing() -> None:
         torch.set_num_threads(threads)
     assert torch.equal(results[0][0].loss, results[1][0].loss) and torch.equal(results[0][1], results[1][1])
     assert all(torch.equal(results[0][0].metrics[name], value) for name, value in results[1][0].metrics.items())
-
-
-# --------------------------------------------------------------------------------------------- context parallelism
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-@pytest.mark.parametrize("options", SOME, ids=NAMES)
-def test_parts_of_sequences(backend: str, options: dict[str, Any]) -> None:
-    """Two ranks with parts of the sequences, in any order: losses, metrics and gradients are those of the whole."""
-    columns = pack([5, 1, 0, 7, 4], seed=4)
-    out, grad, grad_entropy = run(columns, **options, num_sequences=5)
-    dtype = torch.float64 if backend == "reference" else torch.float32
-    order = torch.randperm(17, generator=torch.Generator().manual_seed(0))
-    ranks = [order[:6], order[6:]]
-    parts = [cast({name: column[rank] for name, column in columns.items()}, dtype) for rank in ranks]
-    sums = sum(sequence_sums(part, options) for part in parts)
-    results = [run(part, **options, sequence_sums_Q5=sums, backend=backend) for part in parts]
-    near = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(sum(result[0].loss for result in results).double(), out.loss, **near)
-    for rank, result in zip(ranks, results):
-        torch.testing.assert_close(result[1].double(), grad[rank], **near)
-        torch.testing.assert_close(result[2].double(), grad_entropy[rank], **near)
-        assert torch.equal(result[0].active_K, out.active_K[rank])
-    for name, value in out.metrics.items():
-        torch.testing.assert_close(sum(result[0].metrics[name] for result in results).double(), value, **near)
-
-
-def sequence_sums(columns: dict[str, Tensor], options: dict[str, Any], sequences: int = 5) -> Tensor:
-    names = ("importance", "importance_level", "importance_low", "importance_high")
-    wanted = {name: column for name, column in columns.items() if name not in ("reference_logprobs_K", "entropy_K")}
-    return policy_sequence_sums(
-        **wanted, num_sequences=sequences, **{name: options[name] for name in names if name in options}
-    )
-
-
-def gspo_on_half() -> tuple[float, Tensor]:
-    mine = torch.arange(12) % 2 == dist.get_rank()
-    columns = {name: column[mine] for name, column in pack([5, 7]).items()}
-    sums = sequence_sums(columns, {}, 2)
-    dist.all_reduce(sums)
-    out, grad, _ = run(columns, kind="gspo", normalisation="sequence_mean", sequence_sums_Q5=sums)
-    whole = torch.zeros(12, dtype=torch.float64)
-    whole[mine] = grad
-    dist.all_reduce(whole)
-    loss = out.loss.detach().clone()
-    dist.all_reduce(loss)
-    return float(loss), whole
-
-
-def test_gspo_on_two_ranks() -> None:
-    out, grad, _ = run(pack([5, 7]), kind="gspo", normalisation="sequence_mean")
-    for loss, whole in run_forked(2, gspo_on_half):
-        assert loss == pytest.approx(float(out.loss.detach()), rel=1e-12)
-        torch.testing.assert_close(whole, grad, rtol=1e-10, atol=1e-14)
 
 
 # ------------------------------------------------------------------------------------------------ order and errors
