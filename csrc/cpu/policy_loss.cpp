@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -36,7 +37,7 @@ struct Row {
   void low(Column c, float x) { if (!(column[c] <= x)) column[c] = x; }
 };
 
-float bound(float x) {
+inline float bound(float x) {
   const float capped = x > kMaxLogRatio ? kMaxLogRatio : x;
   return capped < -kMaxLogRatio ? -kMaxLogRatio : capped;
 }
@@ -46,7 +47,7 @@ struct Weight {
   bool limited;
 };
 
-Weight limit_importance(float raw, const tulu_policy_settings& s) {
+inline Weight limit_importance(float raw, const tulu_policy_settings& s) {
   if (s.importance == kTruncated) return raw > s.importance_high ? Weight{s.importance_high, true} : Weight{raw, false};
   const bool limited = raw < s.importance_low || raw > s.importance_high;
   return {limited ? 0.0f : raw, limited};
@@ -77,100 +78,169 @@ std::vector<float> sequence_sums(const tulu_policy_arrays& a, const tulu_policy_
   return std::vector<float>(sums.begin(), sums.end());
 }
 
-void tile(const tulu_policy_arrays& a, const tulu_policy_settings& s, const float* sums, int64_t begin, int count, Row& row) {
-  float level[kTile], ratio[kTile], log_weight[kTile], raw[kTile], x[kTile], behaviour_kl[kTile], kl_exp[kTile], kl_tail[kTile],
-      unused[kTile];
-  const float* old = a.old ? a.old : a.behaviour;
-  const bool by_sequence = sums != nullptr;
+// Sums of a tile's values in float, then added to the row in double.
+double sum(const float* x, int count) {
+  float total = 0.0f;
+#pragma omp simd reduction(+ : total)
+  for (int i = 0; i < count; ++i) total += x[i];
+  return total;
+}
+
+struct Extremes {
+  float low, high;
+};
+
+Extremes extremes(const float* x, int count) {
+  float low = x[0], high = x[0];
+#pragma omp simd reduction(min : low) reduction(max : high)
   for (int i = 0; i < count; ++i) {
-    const int64_t k = begin + i;
-    level[i] = a.logprobs[k] - old[k];
-    x[i] = bound(a.logprobs[k] - a.behaviour[k]);
+    low = x[i] < low ? x[i] : low;
+    high = x[i] > high ? x[i] : high;
   }
+  return {low, high};
+}
+
+// One pass of simple loops for the compiler to vectorise; flags are 0 or 1 in float.
+TULU_CLONES void tile(const tulu_policy_arrays& a, const tulu_policy_settings& s, const float* sums, int64_t begin, int count,
+                      Row& row) {
+  float x[kTile] = {}, level[kTile], ratio[kTile], behaviour_kl[kTile], unused[kTile], length[kTile], weight[kTile],
+      importance[kTile], limited[kTile], low[kTile], high[kTile], clipped[kTile], dual[kTile], policy[kTile], grad[kTile],
+      total[kTile], live[kTile];
+  const float *logprobs = a.logprobs + begin, *behaviour = a.behaviour + begin, *advantages = a.advantages + begin;
+  const float* old = (a.old ? a.old : a.behaviour) + begin;
+  const int64_t* ids = a.ids + begin;
+  const float lowest = s.lowest, highest = s.highest, dual_clip = s.dual_clip;
+
+  for (int i = 0; i < count; ++i) x[i] = bound(logprobs[i] - behaviour[i]);
   tulu::exponentials(x, count, unused, behaviour_kl);
-  if (s.kind == kSequenceRatio)
+  if (s.kind == kSequenceRatio || s.sequence_mean)
     for (int i = 0; i < count; ++i) {
-      const float* sum = sums + a.ids[begin + i] * kSumColumns;
-      level[i] = sum[kLogRatioSum] / (sum[kLength] > 1.0f ? sum[kLength] : 1.0f);
+      const float tokens = sums[ids[i] * kSumColumns + kLength];
+      length[i] = tokens > 1.0f ? tokens : 1.0f;
     }
+  if (s.kind == kSequenceRatio)
+    for (int i = 0; i < count; ++i) level[i] = sums[ids[i] * kSumColumns + kLogRatioSum] / length[i];
+  else
+    for (int i = 0; i < count; ++i) level[i] = logprobs[i] - old[i];
   for (int i = 0; i < count; ++i) x[i] = bound(level[i]);
   tulu::exponentials(x, count, ratio, unused);
-  if (s.importance != kNone) {
+
+  if (s.importance == kNone) {
+    for (int i = 0; i < count; ++i) importance[i] = 1.0f, limited[i] = 0.0f;
+  } else {
+    if (s.sequence_importance)
+      for (int i = 0; i < count; ++i) x[i] = bound(sums[ids[i] * kSumColumns + kLogImportanceSum]);
+    else
+      for (int i = 0; i < count; ++i) x[i] = bound(old[i] - behaviour[i]);
+    tulu::exponentials(x, count, importance, unused);
     for (int i = 0; i < count; ++i) {
-      const int64_t k = begin + i;
-      log_weight[i] = bound(s.sequence_importance ? sums[a.ids[k] * kSumColumns + kLogImportanceSum] : old[k] - a.behaviour[k]);
+      const Weight chosen = limit_importance(importance[i], s);
+      importance[i] = chosen.value;
+      limited[i] = chosen.limited ? 1.0f : 0.0f;
     }
-    tulu::exponentials(log_weight, count, raw, unused);
+  }
+  for (int i = 0; i < count; ++i) weight[i] = s.scale;
+  if (s.sequence_mean)
+    for (int i = 0; i < count; ++i) weight[i] /= length[i];
+  const bool sequence_ratio = s.kind == kSequenceRatio;
+  if (sequence_ratio)  // the gradient's factor of the sequence: without the token's weight
+    for (int i = 0; i < count; ++i) grad[i] = weight[i] * (s.sequence_importance ? importance[i] : 1.0f);
+  if (a.weights)
+    for (int i = 0; i < count; ++i) weight[i] *= a.weights[begin + i];
+
+  if (s.kind == kDetachedRatio) {
+    for (int i = 0; i < count; ++i) {
+      const float r = ratio[i], held = r < lowest ? lowest : r > highest ? highest : r;
+      low[i] = r < lowest ? 1.0f : 0.0f;
+      high[i] = r > highest ? 1.0f : 0.0f;
+      dual[i] = 0.0f;
+      policy[i] = -advantages[i] * held * logprobs[i];
+      grad[i] = weight[i] * importance[i] * (-advantages[i] * held);
+    }
+  } else {
+    for (int i = 0; i < count; ++i) {
+      const float advantage = advantages[i], r = ratio[i];
+      const float held_up = r > highest ? highest : r;
+      const float held_down = r < lowest ? lowest : r > dual_clip ? dual_clip : r;
+      const bool positive = advantage > 0.0f, negative = advantage < 0.0f;
+      policy[i] = -advantage * (positive ? held_up : held_down);
+      low[i] = (r < lowest) & negative ? 1.0f : 0.0f;
+      high[i] = (r > highest) & positive ? 1.0f : 0.0f;
+      dual[i] = (r > dual_clip) & negative ? 1.0f : 0.0f;
+    }
+    if (sequence_ratio)
+      for (int i = 0; i < count; ++i) {
+        const float r = ratio[i], *of = sums + ids[i] * kSumColumns;
+        const float up = r > highest ? 0.0f : of[kPositive];
+        const float down = r < lowest || r > dual_clip ? 0.0f : of[kNegative];
+        grad[i] = std::fabs(level[i]) > kMaxLogRatio ? 0.0f : grad[i] * (-r * (up + down) / length[i]);
+      }
+    else
+      for (int i = 0; i < count; ++i) {
+        const float advantage = advantages[i], r = ratio[i];
+        const float up = r > highest ? 0.0f : 1.0f;
+        const float down = r < lowest ? 0.0f : r > dual_clip ? 0.0f : 1.0f;
+        const float inner = std::fabs(level[i]) > kMaxLogRatio ? 0.0f : advantage > 0.0f ? up : down;
+        const float pull = weight[i] * importance[i] * (-advantage * r);
+        grad[i] = inner == 0.0f ? 0.0f : pull;
+      }
+  }
+  for (int i = 0; i < count; ++i) {
+    clipped[i] = low[i] + high[i] > 0.0f ? 1.0f : 0.0f;
+    policy[i] *= importance[i];
+    total[i] = policy[i];
   }
   if (a.reference) {
-    for (int i = 0; i < count; ++i) x[i] = -bound(a.logprobs[begin + i] - a.reference[begin + i]);
-    tulu::exponentials(x, count, kl_exp, kl_tail);
+    const float* reference = a.reference + begin;
+    float d[kTile], k2[kTile], tail[kTile];
+    for (int i = 0; i < count; ++i) {
+      d[i] = bound(logprobs[i] - reference[i]);
+      x[i] = -d[i];
+      k2[i] = 0.5f * d[i] * d[i];
+    }
+    tulu::exponentials(x, count, unused, tail);
+    const float* kl = s.kl_kind == 1 ? d : s.kl_kind == 2 ? k2 : tail;
+    for (int i = 0; i < count; ++i) {
+      const float slope = s.kl_kind == 1 ? 1.0f : s.kl_kind == 2 ? d[i] : d[i] - tail[i];
+      total[i] += s.kl_coef * kl[i];
+      grad[i] += std::fabs(logprobs[i] - reference[i]) > kMaxLogRatio ? 0.0f : weight[i] * s.kl_coef * slope;
+    }
+    row.column[kK1] += sum(d, count);
+    row.column[kK2] += sum(k2, count);
+    row.column[kK3] += sum(tail, count);
   }
-  const float lowest = s.lowest, highest = s.highest, dual_clip = s.dual_clip;
+  for (int i = 0; i < count; ++i) live[i] = grad[i] != 0.0f ? 1.0f : 0.0f;
+  if (a.entropy) {
+    const float* entropy = a.entropy + begin;
+    for (int i = 0; i < count; ++i) {
+      total[i] -= s.entropy_coef * entropy[i];
+      x[i] = -s.entropy_coef * weight[i];
+      live[i] = x[i] != 0.0f ? 1.0f : live[i];
+    }
+    std::memcpy(a.gradient_entropy + begin, x, sizeof(float) * static_cast<size_t>(count));
+    row.column[kEntropy] += sum(entropy, count);
+  }
   for (int i = 0; i < count; ++i) {
-    const int64_t k = begin + i;
-    const float advantage = a.advantages[k], r = ratio[i];
-    const float* sum = by_sequence ? sums + a.ids[k] * kSumColumns : nullptr;
-    const float length = by_sequence ? (sum[kLength] > 1.0f ? sum[kLength] : 1.0f) : 1.0f;
-    const float factor = s.sequence_mean ? s.scale / length : s.scale;
-    const float weight = a.weights ? factor * a.weights[k] : factor;
-    Weight importance{1.0f, false};
-    if (s.importance != kNone) importance = limit_importance(raw[i], s);
-    bool low = r < lowest, high = r > highest;
-    float slope, policy;
-    if (s.kind == kDetachedRatio) {
-      slope = -advantage * (low ? lowest : high ? highest : r);
-      policy = slope * a.logprobs[k];
-    } else {
-      const bool beyond = std::fabs(level[i]) > kMaxLogRatio, dual = r > dual_clip, positive = advantage > 0.0f;
-      policy = -advantage * (positive ? (high ? highest : r) : (low ? lowest : dual ? dual_clip : r));
-      if (s.kind == kTokenRatio) {
-        slope = beyond || (positive ? high : low || dual) ? 0.0f : -advantage * r;
-      } else {
-        slope = beyond ? 0.0f : -r * ((high ? 0.0f : sum[kPositive]) + (low || dual ? 0.0f : sum[kNegative])) / length;
-      }
-      row.column[kDualClip] += dual && advantage < 0.0f;
-      low = low && advantage < 0.0f;
-      high = high && positive;
-    }
-    float total = importance.value * policy;
-    float grad = s.kind == kSequenceRatio ? slope * factor * (s.sequence_importance ? importance.value : 1.0f)
-                                          : weight * importance.value * slope;
-    row.column[kPolicy] += total;
-    if (a.reference) {
-      const float difference = a.logprobs[k] - a.reference[k], d = -x[i], k2 = 0.5f * d * d;
-      row.column[kK1] += d;
-      row.column[kK2] += k2;
-      row.column[kK3] += kl_tail[i];
-      const float kl = s.kl_kind == 1 ? d : s.kl_kind == 2 ? k2 : kl_tail[i];
-      const float kl_slope = s.kl_kind == 1 ? 1.0f : s.kl_kind == 2 ? d : d - kl_tail[i];
-      total += s.kl_coef * kl;
-      if (!(std::fabs(difference) > kMaxLogRatio)) grad += weight * s.kl_coef * kl_slope;
-    }
-    bool live = grad != 0.0f;
-    if (a.entropy) {
-      total -= s.entropy_coef * a.entropy[k];
-      const float grad_entropy = -s.entropy_coef * weight;
-      a.gradient_entropy[k] = grad_entropy;
-      live = live || grad_entropy != 0.0f;
-      row.column[kEntropy] += a.entropy[k];
-    }
-    a.gradient[k] = grad;
-    a.active[k] = live;
-    row.column[kLoss] += weight * total;
-    row.column[kRatio] += r;
-    row.column[kBehaviourKl] += behaviour_kl[i];
-    row.column[kImportance] += importance.value;
-    row.column[kImportanceLimited] += importance.limited;
-    row.column[kClipLow] += low;
-    row.column[kClipHigh] += high;
-    row.column[kClipped] += low || high;
-    row.column[kActive] += live;
-    row.high(kRatioMax, r);
-    row.low(kRatioMin, r);
-    row.high(kImportanceMax, importance.value);
+    a.gradient[begin + i] = grad[i];
+    a.active[begin + i] = live[i] != 0.0f ? 1 : 0;
+    total[i] *= weight[i];
   }
+  row.column[kLoss] += sum(total, count);
+  row.column[kPolicy] += sum(policy, count);
+  row.column[kRatio] += sum(ratio, count);
+  row.column[kBehaviourKl] += sum(behaviour_kl, count);
+  row.column[kImportance] += sum(importance, count);
+  row.column[kImportanceLimited] += sum(limited, count);
+  row.column[kClipLow] += sum(low, count);
+  row.column[kClipHigh] += sum(high, count);
+  row.column[kClipped] += sum(clipped, count);
+  row.column[kDualClip] += sum(dual, count);
+  row.column[kActive] += sum(live, count);
   row.column[kTokens] += count;
+  const Extremes ratios = extremes(ratio, count), weights = extremes(importance, count);
+  row.high(kRatioMax, ratios.high);
+  row.low(kRatioMin, ratios.low);
+  row.high(kImportanceMax, weights.high);
 }
 
 }  // namespace
