@@ -96,7 +96,8 @@ def gae_op(
     if backend == "triton":
         from tulu_hpc.kernels.gae import triton_kernels
 
-        return triton_kernels.gae(rewards_K, values_K, cu_seqlens, gamma, lam, bootstrap_S)
+        with torch.cuda.device_of(rewards_K):
+            return triton_kernels.gae(rewards_K, values_K, cu_seqlens, gamma, lam, bootstrap_S)
     advantages_K, returns_K = _fake(rewards_K)
     starts_S1 = cu_seqlens.long()
     code = core().gae_cpu(

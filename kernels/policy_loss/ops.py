@@ -260,7 +260,8 @@ def policy_loss_op(
         return tuple(cpu.evaluate(inputs, settings))  # type: ignore[return-value]
     from tulu_hpc.kernels.policy_loss import triton_kernels
 
-    return tuple(triton_kernels.evaluate(inputs, settings))  # type: ignore[return-value]
+    with torch.cuda.device_of(logprobs_K):
+        return tuple(triton_kernels.evaluate(inputs, settings))  # type: ignore[return-value]
 
 
 @policy_loss_op.register_fake

@@ -127,7 +127,8 @@ def value_loss_op(
     if backend == "triton":
         from tulu_hpc.kernels.policy_loss import triton_kernels
 
-        return triton_kernels.value_loss(values_K, old_values_K, returns_K, weights_K, clip, scale)
+        with torch.cuda.device_of(values_K):
+            return triton_kernels.value_loss(values_K, old_values_K, returns_K, weights_K, clip, scale)
     loss, gradient_K, sums_4 = outputs = _fake(values_K)
     code = core().value_loss_cpu(
         values_K.data_ptr(),
