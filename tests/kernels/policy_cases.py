@@ -106,7 +106,7 @@ def options_of(kind: str, normalisation: str, importance: str, level: str, kl_ki
     if kind == "ppo":
         options["dual_clip"] = 1.6
     if kind == "gspo":
-        options |= {"clip_low": 0.1, "clip_high": 0.1}
+        options |= {"clip_low": 0.1, "clip_high": 0.1, "dual_clip": 1.2}
     return options
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -195,18 +196,29 @@ def test_kl_estimates_are_bounded() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_extreme_log_ratios(backend: str, kind: str, level: str) -> None:
+    """Nothing overflows, and a bounded log-ratio has no gradient: without KL such tokens are not active."""
     values = torch.tensor([0.0, 1e4, -1e4, 50.0, -50.0, 1e4])
-    old = torch.full((6,), -1.0)
-    for advantage in (1.0, -1.0, 0.0):
-        logprobs = (old + values).requires_grad_()
-        out = policy_loss(
-            logprobs, old + values.flip(0), torch.full((6,), advantage), torch.tensor([0, 1, 2, 3, 4, 4]), kind=kind,
-            old_logprobs_K=old, reference_logprobs_K=old, kl_coef=0.1, importance="truncated", importance_level=level,
-            backend=backend,
-        )  # fmt: skip
-        (grad,) = torch.autograd.grad(out.loss, logprobs)
+    old, ids = torch.full((6,), -1.0), torch.tensor([0, 1, 2, 3, 4, 4])
+    for advantage, kl_coef in itertools.product((1.0, -1.0, 0.0), (0.0, 0.1)):
+
+        def call(dtype: torch.dtype, name: str, a: float = advantage, kl: float = kl_coef) -> Any:
+            logprobs = (old + values).to(dtype).requires_grad_()
+            column = torch.full((6,), a, dtype=dtype)
+            out = policy_loss(
+                logprobs, (old + values.flip(0)).to(dtype), column, ids, kind=kind, old_logprobs_K=old.to(dtype),
+                reference_logprobs_K=old.to(dtype), kl_coef=kl, importance="truncated", importance_level=level,
+                backend=name,
+            )  # fmt: skip
+            return out, torch.autograd.grad(out.loss, logprobs)[0]
+
+        (out, grad), (out64, grad64) = call(torch.float32, backend), call(torch.float64, "reference")
         assert torch.isfinite(grad).all() and torch.isfinite(out.loss)
         assert all(torch.isfinite(x) for x in (*out.metrics.values(), *out.extremes.values()))
+        torch.testing.assert_close(grad.double(), grad64, rtol=1e-4, atol=1e-5)
+        assert torch.equal(out.active_K, out64.active_K)
+        if kl_coef == 0 and kind not in ("cispo", "gspo"):
+            assert not out.active_K[1:].any() or advantage > 0
+            assert not out.active_K[[1, 2, 5]].any()
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
