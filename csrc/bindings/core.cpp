@@ -1,6 +1,8 @@
 // Python module tulu_hpc.kernels._core: the C ABI with addresses as integers. Callers check shapes, dtypes and devices.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 
@@ -64,6 +66,29 @@ PYBIND11_MODULE(_core, module) {
                                             margin_shift, sft_weight, desirable_weight, undesirable_weight, kl, odds_limit};
                return tulu_preference_loss_cpu(&problem, at<float>(coefficients), at<double>(metrics), threads);
              });
+  // arrays, modes and numbers in the order of the structs
+  module.def("policy_loss_cpu", [](const std::array<Address, 14>& a, const std::array<int, 6>& modes,
+                                   const std::array<float, 8>& numbers, int64_t tokens, int64_t sequences, int threads) {
+    py::gil_scoped_release release;
+    const TuluPolicyArrays arrays{at<float>(a[0]), at<float>(a[1]), at<float>(a[2]),   at<int64_t>(a[3]), at<float>(a[4]),
+                                    at<float>(a[5]), at<float>(a[6]), at<float>(a[7]),   at<float>(a[8]),   at<float>(a[9]),
+                                    at<float>(a[10]), at<uint8_t>(a[11]), at<float>(a[12]), at<float>(a[13])};
+    const TuluPolicySettings settings{modes[0],   modes[1],   modes[2],   modes[3],   modes[4],   modes[5],   numbers[0],
+                                        numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers[7]};
+    return tulu_policy_loss_cpu(&arrays, &settings, tokens, sequences, threads);
+  });
+  module.def("value_loss_cpu", [](Address values, Address old_values, Address returns, Address weights, int64_t tokens,
+                                  float clip, float scale, Address gradient, Address loss, Address sums, int threads) {
+    py::gil_scoped_release release;
+    return tulu_value_loss_cpu(at<float>(values), at<float>(old_values), at<float>(returns), at<float>(weights), tokens, clip,
+                               scale, at<float>(gradient), at<float>(loss), at<float>(sums), threads);
+  });
+  module.def("gae_cpu", [](Address rewards, Address values, Address starts, Address bootstrap, int64_t segments, float gamma,
+                           float lambda, Address advantages, Address returns, int threads) {
+    py::gil_scoped_release release;
+    return tulu_gae_cpu(at<float>(rewards), at<float>(values), at<int64_t>(starts), at<float>(bootstrap), segments, gamma,
+                        lambda, at<float>(advantages), at<float>(returns), threads);
+  });
 #ifdef TULU_WITH_CUDA
   module.def("linear_logprob_forward_cuda",
              [](Address logits, int64_t ld, int64_t rows, int64_t cols, int64_t first, Address target, Address row_start,

@@ -77,6 +77,43 @@ typedef struct {
 /* Writes d loss / d log-prob [tokens], or with policy_sums d loss / d sum [sequences], and the sums over pairs [13] in the
  * order of kernels/preference_loss/problem.py. Deterministic, whatever the number of threads. */
 TULU_API int tulu_preference_loss_cpu(const TuluPreference* problem, float* coefficients, double* metrics, int threads);
+/* policy_loss of fp32 columns [tokens]; NULL for a column that is not there. The formulas are in the Python reference.
+ *
+ * sums [sequences, 5]: sequence sums that were reduced over ranks, or NULL to add them up here when sequences > 0. gradient is
+ * that of the log-probs before the factor in `stats`; active holds 0 or 1; loss is one number; stats [32].
+ */
+typedef struct {
+  const float *logprobs, *behaviour, *advantages;
+  const int64_t* ids;
+  const float *old, *reference, *weights, *entropy, *sums;
+  float *gradient, *gradient_entropy;
+  uint8_t* active;
+  float *loss, *stats;
+} TuluPolicyArrays;
+
+typedef struct {
+  int kind;                /* ratio of the token 0, of the sequence 1, of the token without gradient 2 */
+  int kl_kind;             /* 1, 2, 3 */
+  int importance;          /* none 0, truncated 1, masked 2 */
+  int sequence_importance; /* the importance weight is the sequence's */
+  int sequence_mean;       /* a token's loss is divided by its sequence's length */
+  int count_units;         /* the loss is divided by nothing 0, non-empty sequences 1, the tokens of `sums` 2 */
+  float lowest, highest, dual_clip, kl_coef, importance_low, importance_high, entropy_coef, scale;
+} TuluPolicySettings;
+
+/* Also TULU_INVALID when an id is outside 0..sequences-1 and sequences > 0. */
+TULU_API int tulu_policy_loss_cpu(const TuluPolicyArrays* arrays, const TuluPolicySettings* settings, int64_t tokens,
+                                  int64_t sequences, int threads);
+
+/* loss = scale sum weight / 2 max((v - r)^2, (clip(v, old +- clip) - r)^2); weights may be NULL; sums [4]: the same sum
+ * without weights and scale, values moved too far, (v - r)^2, v. */
+TULU_API int tulu_value_loss_cpu(const float* values, const float* old_values, const float* returns, const float* weights,
+                                 int64_t tokens, float clip, float scale, float* gradient, float* loss, float* sums,
+                                 int threads);
+
+/* Generalised advantage estimation of the segments starts[s]..starts[s+1]-1; bootstrap may be NULL for zeros. */
+TULU_API int tulu_gae_cpu(const float* rewards, const float* values, const int64_t* starts, const float* bootstrap,
+                          int64_t segments, float gamma, float lambda, float* advantages, float* returns, int threads);
 
 #ifdef TULU_WITH_CUDA
 /* Device pointers; `stream` is a cudaStream_t of the current device. */
