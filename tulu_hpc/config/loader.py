@@ -166,8 +166,8 @@ def _parse(path: Path) -> _Document:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from error
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{path}:{line}: not valid YAML: {_unreadable(error)}") from error
+        row = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{path}:{row}: not valid YAML: {_unreadable(error)}") from error
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply") from None
     return document
@@ -185,8 +185,8 @@ def _require_plain(value: Any, origin: dict[tuple[str, ...], str], at: tuple[str
     elif not (value is None or isinstance(value, str | bool | int | float)):
         raise ConfigError(f"{origin.get(at, '')}: {'.'.join(at)}: a {type(value).__name__} is no value here")
     for text in (*at[-1:], value):
-        if isinstance(text, str) and not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise ConfigError(f"{origin.get(at, '')}: {ascii('.'.join(at))}: holds half of a surrogate pair")
+        if isinstance(text, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text):
+            raise ConfigError(f"{origin.get(at, '')}: {'.'.join(at)!a}: holds NUL or half of a surrogate pair")
 
 
 def _note_lines(node: yaml.Node, at: tuple[str, ...], path: Path, origin: dict[tuple[str, ...], str]) -> None:

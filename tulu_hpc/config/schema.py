@@ -34,7 +34,9 @@ class RunSection(Section):
         description="Run directory (sft, dpo, rlvr); resumed if it holds a checkpoint. Empty: a new one under {root}.",
     )
     seed: int = 0
-    threads: int | None = Field(default=None, ge=1, description="CPU threads per process; empty: cores / local processes.")
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads per process; empty: cores / local processes."
+    )
     deterministic: bool = Field(default=True, description="Refuse non-deterministic kernels.")
     distributed_timeout_minutes: float = Field(default=30.0, gt=0)
 

@@ -165,7 +165,7 @@ class EvalIndex:
             self.grams[gram].append((position, start))
 
     def match(self, turns: Sequence[Tokens]) -> Iterator[tuple[int, int, float, list[str]]]:
-        """(evaluation, instance, score, shared spans) of every instance that shares anything with the turns of a row."""
+        """(evaluation, instance, score, shared spans) of every instance that shares anything with a row's turns."""
         starts: dict[int, list[int]] = defaultdict(list)
         for gram in self.grams.keys() & {gram for turn in turns for gram in _ngrams(turn, self.ngram)}:
             for position, start in self.grams[gram]:

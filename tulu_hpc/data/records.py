@@ -453,8 +453,8 @@ def write_lines(path: str | Path, lines: Iterable[str]) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
     count = 0
-    opened = gzip.open(partial, "wt", encoding="utf-8") if target.suffix == ".gz" else partial.open("w", encoding="utf-8")
-    with opened as stream:
+    open_text = gzip.open if target.suffix == ".gz" else open
+    with open_text(partial, "wt", encoding="utf-8") as stream:
         for line in lines:
             stream.write(line + "\n")
             count += 1

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from tulu_hpc.config.schema import DecontaminateConfig
 from tulu_hpc.curation.decontamination import EvalSet, Report, TrainSet, decontaminate
+from tulu_hpc.stages.step_files import check_files
 from tulu_hpc.stages.tables import print_table
 
 
@@ -21,6 +22,7 @@ def run(config: DecontaminateConfig) -> Path:
         RecordError: a malformed row of a source or an evaluation.
         ValueError: the side file of planted leaks is none, or not of these sources.
     """
+    check_files(config)
     section = config.decontaminate
     output = Path(section.output)
     output.mkdir(parents=True, exist_ok=True)
