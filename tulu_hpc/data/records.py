@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, overload
 
 RecordKind = Literal["sft", "preference", "rlvr"]
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]:%+-]+)?")
 # Data set ids have versions in them (`llama-3.1-tulu`), so a suffix is letters first: `.txt`, `.jsonl`, `.gz`.
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
