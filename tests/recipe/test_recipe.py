@@ -19,6 +19,7 @@ import yaml
 from tulu_hpc.config.loader import ConfigError, load_config
 from tulu_hpc.config.schema import InitialiseConfig, RecipeConfig, SftConfig
 from tulu_hpc.stages import recipe
+from tulu_hpc.stages.child import ChildResult
 from tulu_hpc.stages.recipe import RecipeError, resolve_steps, telling_lines
 from tulu_hpc.stages.step_files import check_files, files_below, outputs_of
 
@@ -140,6 +141,27 @@ def test_weights_and_tokenizer_are_outputs(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (output / name).write_text("x")
     assert {path.name for path in files_below([output])} == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_a_step_that_does_not_restore_what_is_missing_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a training run that finds itself finished although somebody took a shard of its export."""
+    monkeypatch.setattr(recipe, "run_child", lambda *_, **__: ChildResult(0, 1.0, [], None))
+    config = load_config(QUICKSTART / "sft.yaml", [f"run.dir={tmp_path}/sft"], SftConfig)
+    export = tmp_path / "sft" / "hf"
+    export.mkdir(parents=True)
+    (export / "config.json").write_text("{}")
+    (tmp_path / "sft" / "metrics.jsonl").write_text("")
+    step = recipe.Step("sft", ["sft"], "sft.yaml", 1, [], config)
+    shard = str(export / "model.safetensors")
+    message = rf"step sft ended without writing {shard}; log: .*; remove {export} to have all of it written again"
+    with pytest.raises(RecipeError, match=message):
+        recipe._run_step(step, tmp_path, tmp_path, 0, [shard])
+    assert recipe._run_step(step, tmp_path, tmp_path, 0, []).outputs == [
+        str(export / "config.json"),
+        str(tmp_path / "sft" / "metrics.jsonl"),
+    ]
 
 
 def test_a_run_does_not_replace_the_model_that_it_starts_from(tmp_path: Path) -> None:

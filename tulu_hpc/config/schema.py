@@ -256,7 +256,7 @@ class PreferConfig(Section):
 class EvalTaskSection(Section):
     name: str = Field(description="Key of the score in reports.")
     task: str = Field(description="Task of the suite's registry, e.g. gsm8k, ifeval.")
-    path: str = Field(description="JSONL in the task's public schema.")
+    path: str = Field(description="JSONL, Parquet or Hugging Face dataset id, in the task's public schema.")
     limit: int | None = Field(default=None, ge=1)
     few_shot: int = Field(default=0, ge=0)
     few_shot_path: str | None = None

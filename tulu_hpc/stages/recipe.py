@@ -133,7 +133,7 @@ def run(config: schema.RecipeConfig, *, dry_run: bool = False) -> Path:
             why = f" again: {gone[0]} is missing" if gone else ""
             processes = f" on {step.processes} processes" if step.processes > 1 else ""
             print(f"{title}: {' '.join(step.verb)} {step.path}{processes}{why}", flush=True)
-            made = markers[step.name] = _run_step(step, root, state, lock)
+            made = markers[step.name] = _run_step(step, root, state, lock, gone)
             print(f"{title}: done in {duration(made.seconds)}", flush=True)
             timings.append(Timing(step.name, step.processes, made.seconds, reused=False))
         inputs = _report_inputs(config, steps, timings, time.monotonic() - start)
@@ -186,7 +186,8 @@ def _resolve_step(step: schema.RecipeStep, config: schema.RecipeConfig) -> Step:
     return Step(step.name, words, step.config, step.processes, overrides, resolved)
 
 
-def _run_step(step: Step, root: Path, state: Path, lock: int) -> Marker:
+def _run_step(step: Step, root: Path, state: Path, lock: int, gone: Sequence[str]) -> Marker:
+    """Run it to its end and mark it as finished; `gone` are files that an earlier run had written."""
     log = root / "logs" / f"{step.name}.log"
     read = digests(inputs_of(step.config))
     result = run_child(
@@ -197,8 +198,11 @@ def _run_step(step: Step, root: Path, state: Path, lock: int) -> Marker:
         _stop(step, result.stopped_by)
     if result.returncode != 0:
         raise RecipeError(_failure(step, result, log))
-    if not_there := missing(map(str, written)):
-        raise RecipeError(f"step {step.name} ended without writing {not_there[0]}; log: {log}")
+    if not_there := missing([*map(str, written), *gone]):
+        # A step that finds its work done writes nothing; without the directory it has to.
+        whole = next((path for path in written if path.is_dir() and Path(not_there[0]).is_relative_to(path)), None)
+        hint = f"; remove {whole} to have all of it written again" if whole else ""
+        raise RecipeError(f"step {step.name} ended without writing {not_there[0]}; log: {log}{hint}")
     marker = Marker(
         step=step.name,
         verb=" ".join(step.verb),
