@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import random
+import sys
 from pathlib import Path
 
 import pytest
 
 from tulu_hpc.cli.main import main
+from tulu_hpc.data import records
 
 MODEL = "model: {path: DIR/none}\n"
 DATA = "data: {path: DIR/none.jsonl}\n"
@@ -105,6 +109,11 @@ def test_not_a_llama(verb: str, capsys: pytest.CaptureFixture[str], tmp_path: Pa
         (["sft"], "Missing argument 'CONFIG'"),
         (["sfft"], "No such command 'sfft'"),
         (["plan", "FILE", "--gpu", "h1000"], "did you mean h100"),
+        (["plan", "FILE", "--gpu", "inf"], "--gpu 'inf': need a number of GiB above 0"),
+        (["plan", "FILE", "--gpu", "nan"], "--gpu 'nan': need a number of GiB above 0"),
+        (["plan", "FILE", "--gpu", "0"], "--gpu '0': need a number of GiB above 0"),
+        (["launch", "FILE", "--gpus-per-node", "1", "--job-name", "a\nb", "--dry-run"], "job-name 'a\\nb': an #SBATCH"),
+        (["launch", "FILE", "--gpus-per-node", "1", "--sbatch", "a\nb", "--dry-run"], "sbatch 'a\\nb': one line"),
         (["plan", "FILE", "--gpus", "many"], "--gpus"),
         (["launch", "FILE"], "give --gpus-per-node"),
         (["launch", "FILE", "--verb", "mix"], "expected one of sft, dpo, rlvr"),
@@ -156,6 +165,184 @@ def test_verbs_of_one_process_refuse_torchrun(
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = fails(capsys, *verb.split(), str(write(tmp_path, verb)))
     assert line == "[rank 1] error: this verb is a single process, not 2; run it without torchrun"
+
+
+@pytest.mark.parametrize("verb", FILES)
+@pytest.mark.parametrize(
+    "text", ["run: {name: \x07}\n", "run: {name: !!binary aGk=}\n", "run: " + "[" * 3000, "run: \xff"]
+)
+def test_unusable_yaml(verb: str, text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = write(tmp_path, verb)
+    path.write_bytes(text.encode("latin-1"))
+    assert fails(capsys, *verb.split(), str(path)).startswith(f"error: {path}")
+
+
+@pytest.mark.parametrize("verb", FILES)
+@pytest.mark.parametrize("value", ["\x07", "\udc80", "[" * 3000])
+def test_unusable_override(verb: str, value: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line = fails(capsys, *verb.split(), str(write(tmp_path, verb)), f"run.name={value}")
+    assert line.startswith("error: command line: run.name: not a YAML value: ")
+
+
+SFT_ROW = {
+    "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    "question": "a b",
+    "answer": "#### 1",
+}
+PACKED = gzip.compress((json.dumps({**SFT_ROW, "noise": random.Random(0).randbytes(3000).hex()}) + "\n").encode())
+CONTENTS = {
+    "none.jsonl": [
+        (b"", "none.jsonl"),
+        (b"\xff\n", "none.jsonl:1: not JSON"),
+        (b"3\n", "none.jsonl:1: is 3, need an object"),
+        (b"[" * 100_000, "none.jsonl:1: nested too deeply"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}], "question": "\\ud800", "answer": "#### 1"}', ":1: "),
+    ],
+    "none.jsonl.gz": [
+        (b"no gzip", "none.jsonl.gz:1: cannot be read from here on: "),
+        (PACKED[: len(PACKED) // 2], "none.jsonl.gz:1: cannot be read from here on: "),
+    ],
+    "none.parquet": [(b"PAR1 no parquet PAR1", "none.parquet:1: cannot be read from here on: ")],
+}
+READ_FIRST = ["eval", "data mix", "data decontaminate", "convert initialise"]  # those that need no model to read data
+
+
+@pytest.mark.parametrize("verb", READ_FIRST)
+@pytest.mark.parametrize("name", CONTENTS)
+def test_malformed_data(verb: str, name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = write(tmp_path, verb)
+    path.write_text(path.read_text().replace("none.jsonl", name))
+    for content, message in CONTENTS[name]:
+        (tmp_path / name).write_bytes(content)
+        line = fails(capsys, *verb.split(), str(path))
+        assert message in line and name in line
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("model")
+    (root / "none.jsonl").write_text(json.dumps(SFT_ROW) + "\n")
+    with pytest.raises(SystemExit) as end:
+        main(["convert", "initialise", str(write(root, "convert initialise"))])
+    assert end.value.code == 0
+    return root / "init"
+
+
+@pytest.mark.parametrize("verb", ["sft", "dpo", "rlvr", "data prefer"])
+def test_malformed_data_of_a_model(verb: str, model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = write(tmp_path, verb)
+    text = path.read_text().replace(f"{tmp_path}/none}}", f"{model}}}")
+    for name, cases in CONTENTS.items():
+        path.write_text(text.replace("none.jsonl", name))
+        for content, message in cases:
+            (tmp_path / name).write_bytes(content)
+            assert message in fails(capsys, *verb.split(), str(path))
+            sys.modules["tulu_hpc.parallel.layout"].destroy()
+
+
+@pytest.mark.parametrize("verb", ["rlvr", "data prefer"])
+@pytest.mark.parametrize(
+    ("dataset", "truth", "message"),
+    [
+        ("gsm8k", "nan", "gsm8k: ground truth 'nan' is not a number"),
+        ("gsm8k", [None], "gsm8k: the ground truth is null"),
+        ("ifeval", {"func_name": ["x"]}, "ifeval: unknown func_name"),
+        ("ifeval", {"instruction_id": ["punctuation:no_comma"], "kwargs": [["a"]]}, "ifeval: kwargs must be a list"),
+    ],
+)
+def test_malformed_ground_truth(
+    verb: str,
+    dataset: str,
+    truth: object,
+    message: str,
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """Named with its line, or left out and counted."""
+    path = write(tmp_path, verb)
+    path.write_text(path.read_text().replace(f"{tmp_path}/none}}", f"{model}}}"))
+    row = {"messages": [{"role": "user", "content": "a"}], "dataset": dataset, "ground_truth": truth}
+    (tmp_path / "none.jsonl").write_text("\n" + json.dumps(row) + "\n")
+    assert f"none.jsonl:2: ground_truth: {message}" in fails(capsys, *verb.split(), str(path))
+    sys.modules["tulu_hpc.parallel.layout"].destroy()
+    line = fails(capsys, *verb.split(), str(path), "data.on_error=skip")
+    assert f"none.jsonl: no rlvr record; first problem: {tmp_path}/none.jsonl:2: ground_truth: {message}" in line
+
+
+def test_duplicate_evaluation_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    row = json.dumps({"question": "1 + 1?", "answer": "2 #### 2"}) + "\n"
+    (tmp_path / "none.jsonl").write_text(row + "\n" + row)
+    line = fails(capsys, "eval", str(write(tmp_path, "eval")))
+    assert line.endswith("none.jsonl:3: the same id as " + f"{tmp_path}/none.jsonl:1")
+
+
+@pytest.mark.parametrize("path", ["foo/bar.txt", "foo/bar.jsonl", "here/mixture"])
+@pytest.mark.parametrize("verb", READ_FIRST)
+def test_mistyped_paths_are_not_looked_up_elsewhere(
+    verb: str, path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} went to the hub")
+
+    monkeypatch.setattr(records, "_hub_rows", refuse)
+    (tmp_path / "here").mkdir()
+    config = write(tmp_path, verb)
+    config.write_text(config.read_text().replace(f"{tmp_path}/none.jsonl", path))
+    assert f"{path}: no such file or directory" in fails(capsys, *verb.split(), str(config))
+
+
+WRITES = {
+    "sft": "run.dir",
+    "dpo": "run.dir",
+    "rlvr": "run.dir",
+    "recipe": "report.output",
+    "eval": "eval.output",
+    "data synthesize": "synthetic.output",
+    "data mix": "mix.output",
+    "data decontaminate": "decontaminate.output",
+    "data prefer": "prefer.output",
+    "convert initialise": "initialise.output",
+}
+
+
+@pytest.mark.parametrize(("verb", "key"), WRITES.items())
+def test_output_below_a_file(verb: str, key: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Said before anything is read."""
+    (tmp_path / "file").write_text("")
+    line = fails(capsys, *verb.split(), str(write(tmp_path, verb)), f"{key}={tmp_path}/file/sub/out")
+    assert line.startswith(f"error: {key}: {tmp_path}/file/sub/out") and line.endswith(f"{tmp_path}/file is a file")
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("verb", "changes", "message"),
+    [
+        ("data mix", ["mix.output={}"], "mix.output: {0} would replace {0}"),
+        ("data prefer", ["prefer.output={}"], "prefer.output: {0} would replace {0}"),
+        ("data decontaminate", ["decontaminate.output={}/.."], "a.jsonl would replace {}"),
+        ("convert initialise", ["initialise.output={}/.."], "would be replaced"),
+    ],
+)
+def test_inputs_are_not_overwritten(
+    verb: str, changes: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = tmp_path / "d" / "a.jsonl"
+    data.parent.mkdir()
+    data.write_text(json.dumps(SFT_ROW) + "\n")
+    path = write(tmp_path, verb)
+    path.write_text(path.read_text().replace(f"{tmp_path}/none.jsonl", str(data)))
+    changes = [change.format(data).replace("/a.jsonl/..", "") for change in changes]
+    assert message.format(data) in fails(capsys, *verb.split(), str(path), *changes)
+    assert data.read_text() == json.dumps(SFT_ROW) + "\n" and list(data.parent.iterdir()) == [data]
+
+
+def test_two_evaluations_of_one_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").write_text(json.dumps(SFT_ROW) + "\n")
+    path = write(tmp_path, "data decontaminate")
+    one = path.read_text()[path.read_text().index("{name: e") : -3]
+    path.write_text(path.read_text().replace(one, f"{one}, {one}"))
+    assert "evaluation 'e' is given twice" in fails(capsys, "data", "decontaminate", str(path))
 
 
 def test_one_suite_or_both(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from tulu_hpc.config.loader import ConfigError, dump_yaml, load_config
-from tulu_hpc.config.schema import RecipeConfig, SftConfig
+from tulu_hpc.config.schema import DecontaminateConfig, MixConfig, RecipeConfig, SftConfig
 
 BASE = """\
 run: {root: runs/x}
@@ -110,6 +111,21 @@ def test_missing_base_names_who_wanted_it(tmp_path: Path) -> None:
         ("steps", "command line: 'steps': expected section.key=value"),
         ("=3", "command line: '=3': expected section.key=value"),
         ("run.name=[", "command line: run.name: not a YAML value: '['"),
+        ("run.name=\x07", "command line: run.name: not a YAML value: '\\x07'"),
+        ("run.name=\udc80", "command line: run.name: not a YAML value: '\\udc80'"),
+        ('run.name="\\ud800"', "command line: 'run.name': holds NUL or half of a surrogate pair"),
+        ('run.name="a\\0b"', "command line: 'run.name': holds NUL or half of a surrogate pair"),
+        ("run.\udc80=1", "command line: 'run.\\udc80': holds NUL or half of a surrogate pair"),
+        ("run.name=!!binary aGk=", "command line: run.name: a bytes is no value here"),
+        ("run.name=" + "[" * 3000, "command line: run.name: not a YAML value: '[["),
+        ("run.name=&a [*a]", "command line: run.name: not a YAML value: '&a [*a]'"),
+        ("run.seed=" + "9" * 5000, "command line: run.seed: not a YAML value: '999"),
+        ("run.threads=0", "command line: run.threads: expected greater than or equal to 1, got 0"),
+        ("optimizer.lr=.inf", "command line: optimizer.lr: expected a finite number, got inf (number)"),
+        ("optimizer.clip_grad=.inf", "command line: optimizer.clip_grad: expected a finite number, got inf (number)"),
+        ("train.epochs=.nan", "command line: train.epochs: expected a finite number, got nan (number)"),
+        ("optimizer.betas=[0.9,1]", "command line: optimizer.betas.1: expected less than 1, got 1 (integer)"),
+        ("optimizer.betas=[-.1,0]", "command line: optimizer.betas.0: expected greater than or equal to 0, got -0.1"),
     ],
 )  # fmt: skip
 def test_bad_overrides(base: Path, override: str, message: str) -> None:
@@ -132,11 +148,40 @@ def test_bad_overrides(base: Path, override: str, message: str) -> None:
         (BASE + "run: {}\n", 7, "run: given twice"),
         (BASE + "  oops: [1\n", 7, "not valid YAML"),
         ("- 1\n", 1, "expected `key: value` at the top level"),
+        (BASE + "sft: {}\nx: \x07\n", 8, "not valid YAML: the character U+0007"),
+        (BASE + "sft: !!timestamp 2020-01-01\n", 7, "sft: a date is no value here"),
+        (BASE + 'sft: {x: "\\ud800"}\n', 7, "'sft.x': holds NUL or half of a surrogate pair"),
+        (BASE + f"sft: {'9' * 5000}\n", 7, "not valid YAML: an integer of 5000 digits"),
     ],
 )
 def test_errors_name_the_line(tmp_path: Path, text: str, line: int, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"config\.yaml:{line}: .*{re.escape(message)}"):
         load_text(tmp_path, text)
+
+
+@pytest.mark.parametrize("text", ["a: " + "[" * 3000, "a: &x [*x]\n"])
+def test_nesting_without_end_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"config\.yaml: nested too deeply"):
+        load_text(tmp_path, text)
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", "..", ".", "a b", "", "a\n"])
+def test_names_that_become_files_are_plain(tmp_path: Path, name: str) -> None:
+    step = json.dumps({"name": name, "verb": "sft", "config": "c"})
+    (tmp_path / "r.yaml").write_text(f"steps: [{step}]\nreport: {{title: t}}\n")
+    with pytest.raises(ConfigError, match=r"r\.yaml:1: steps\.0\.name: .* becomes a file name"):
+        load_config(tmp_path / "r.yaml", [], RecipeConfig)
+    source = json.dumps({"name": name, "path": "p"})
+    evals = "[{name: e, path: p, fields: [q]}]"
+    (tmp_path / "d.yaml").write_text(f"decontaminate: {{output: o, train: [{source}], evals: {evals}}}\n")
+    with pytest.raises(ConfigError, match=r"d\.yaml:1: decontaminate\.train\.0\.name: .* becomes a file name"):
+        load_config(tmp_path / "d.yaml", [], DecontaminateConfig)
+
+
+def test_a_fraction_is_finite(tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text("mix: {output: o, sources: [{name: a, path: p, fraction: .inf}]}\n")
+    with pytest.raises(ConfigError, match=r"m\.yaml:1: mix\.sources\.0\.fraction: expected a finite number, got inf"):
+        load_config(tmp_path / "m.yaml", [], MixConfig)
 
 
 def test_line_of_a_base_file_is_named(base: Path, tmp_path: Path) -> None:

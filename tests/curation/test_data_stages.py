@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 
-from tulu_hpc.config.schema import DecontaminateConfig, InitialiseConfig, MixConfig, SyntheticConfig
+from tulu_hpc.config.loader import ConfigError
+from tulu_hpc.config.schema import (
+    DataSection,
+    DecontaminateConfig,
+    InitialiseConfig,
+    MixConfig,
+    PreferConfig,
+    SyntheticConfig,
+)
 from tulu_hpc.data.records import RecordError, read_records
-from tulu_hpc.stages import decontaminate, initialise, mix, synthesize
+from tulu_hpc.stages import decontaminate, initialise, mix, prefer, synthesize
 from tulu_hpc.stages.tables import format_table
 
 EVALS = ("math_dev", "if_dev", "math_unseen", "if_unseen")
@@ -124,9 +132,18 @@ def test_the_paper_action_drops_a_set_that_an_unseen_evaluation_condemns(
 def test_problems_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     synthesize.run(synthetic_config(tmp_path))
     raw = tmp_path / "raw"
-    (raw / "bad.json").write_text('{"rows": [{"line": 3}]}')
-    with pytest.raises(ValueError, match=r"bad.json: not a side file of planted leaks"):
-        decontaminate.run(decontaminate_config(tmp_path, planted=str(raw / "bad.json")))
+    for text, words in (
+        ("[", "not a side file of planted leaks: the file: Invalid JSON"),
+        ("[]", "not a side file of planted leaks: the file: "),
+        ('{"rows": 3}', "not a side file of planted leaks: rows: "),
+        ('{"rows": [{"line": 3}]}', "not a side file of planted leaks: rows.0.source: Field required"),
+        ('{"rows": [{"source": "rlvr", "line": "3"}]}', "not a side file of planted leaks: rows.0.line: .*integer"),
+        ('{"rows": [{"source": "other", "line": 3}]}', "rows.0: source 'other' is not among the training sets"),
+        ('{"rows": [{"source": "rlvr", "line": 99}]}', "rows.0: line 99 of 'rlvr', which has 62 rows"),
+    ):
+        (raw / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match=f"bad.json: {words}"):
+            decontaminate.run(decontaminate_config(tmp_path, planted=str(raw / "bad.json")))
     decontaminate.run(decontaminate_config(tmp_path))
     with (tmp_path / "clean" / "sft_math.jsonl").open("a") as stream:
         stream.write('{"messages": 3}\n')
@@ -141,15 +158,132 @@ def test_problems_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert not (tmp_path / "initial").exists()
 
 
-def test_sources_are_not_overwritten(tmp_path: Path) -> None:
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_nothing_that_is_read_is_overwritten(tmp_path: Path) -> None:
     synthesize.run(synthetic_config(tmp_path))
-    before = (tmp_path / "raw" / "sft_math.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"raw/sft_math\.jsonl: the cleaned file would replace its source"):
-        decontaminate.run(decontaminate_config(tmp_path, output=f"{tmp_path}/eval/../raw"))
-    sources = [{"name": "math", "path": f"{tmp_path}/raw/sft_math.jsonl"}]
-    with pytest.raises(ValueError, match=r"mix\.output .*sft_math\.jsonl: is one of the sources"):
-        mix.run(mix_config(tmp_path, sources=sources, output=f"{tmp_path}/raw/sft_math.jsonl"))
-    assert (tmp_path / "raw" / "sft_math.jsonl").read_bytes() == before
+    raw, name = tmp_path / "raw", "sft_math"
+    (tmp_path / "link").symlink_to(raw)
+    report = tmp_path / "planted" / "report.json"
+    report.parent.mkdir()
+    report.write_bytes((raw / "leaks.json").read_bytes())
+    source = {"name": name, "path": f"{raw}/{name}.jsonl"}
+    before = contents(tmp_path)
+    for changes, words in (
+        ({"output": f"{tmp_path}/eval/../raw"}, r"raw/sft_math\.jsonl would replace .*raw/sft_math\.jsonl"),
+        ({"output": f"{tmp_path}/link"}, r"link/sft_math\.jsonl would replace .*raw/sft_math\.jsonl"),
+        (
+            {"train": [{**source, "name": "rlvr"}, {**source, "path": f"{raw}/rlvr.jsonl"}], "output": str(raw)},
+            "replace",
+        ),
+        ({"train": [{**source, "name": "math_dev"}], "output": f"{tmp_path}/eval"}, r"replace .*eval/math_dev\.jsonl"),
+        ({"planted": str(report), "output": str(report.parent)}, r"report\.json would replace .*planted/report\.json"),
+        (
+            {"train": [{**source, "path": str(raw)}], "output": f"{raw}/clean"},
+            r"clean/sft_math\.jsonl lies in .*raw, which",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=f"decontaminate.output: .*{words}"):
+            decontaminate.run(decontaminate_config(tmp_path, **changes))
+    for source_path, output, words in (
+        (f"{raw}/{name}.jsonl", f"{raw}/{name}.jsonl", "would replace"),
+        (f"{raw}/{name}.jsonl", f"{tmp_path}/link/{name}.jsonl", "would replace"),
+        (str(raw), f"{raw}/mixed/all.jsonl", "lies in"),
+    ):
+        sources = [{"name": "math", "path": source_path}]
+        with pytest.raises(ConfigError, match=rf"mix\.output: .* {words} .*, which is read here; give another output"):
+            mix.run(mix_config(tmp_path, sources=sources, output=output))
+    assert contents(tmp_path) == before
+
+
+def prefer_config(root: Path, **changes: Any) -> PreferConfig:
+    section = {"output": f"{root}/pairs.jsonl", **changes}
+    return PreferConfig.model_validate(
+        {"model": {"path": f"{root}/model"}, "data": {"path": f"{root}/prompts"}, "prefer": section}
+    )
+
+
+def test_prefer_does_not_replace_its_prompts(tmp_path: Path) -> None:
+    """Refused before the model is opened (there is none)."""
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "a.jsonl").write_text("{}\n")
+    for output in ("prompts/a.jsonl", "prompts/pairs.jsonl"):
+        with pytest.raises(ConfigError, match=r"prefer\.output: .* lies in .*prompts, which is read here"):
+            prefer.run(prefer_config(tmp_path, output=f"{tmp_path}/{output}"))
+    own = prefer_config(tmp_path).model_copy(update={"data": DataSection(path=[f"{tmp_path}/prompts/a.jsonl"])})
+    same = own.model_copy(update={"prefer": own.prefer.model_copy(update={"output": own.data.path[0]})})
+    with pytest.raises(ConfigError, match=r"prefer\.output: .*a\.jsonl would replace .*a\.jsonl"):
+        prefer.run(same)
+    (tmp_path / "prompts").rename(tmp_path / "pairs.jsonl.parts")
+    inside = own.model_copy(update={"data": DataSection(path=[f"{tmp_path}/pairs.jsonl.parts/a.jsonl"])})
+    with pytest.raises(ConfigError, match=r"pairs\.jsonl\.parts would be replaced, and .*a\.jsonl is read from there"):
+        prefer.run(inside)
+
+
+def test_unfinished_work_is_kept_in_a_directory_of_its_own(tmp_path: Path) -> None:
+    parts = tmp_path / "pairs.jsonl.parts"
+    parts.mkdir()
+    prefer._open_parts(parts, "a")
+    (parts / "identity").write_text("b")
+    prefer._open_parts(parts, "a")
+    assert [path.name for path in parts.iterdir()] == ["identity"] and (parts / "identity").read_text() == "a"
+    (parts / "identity").rename(parts / "thesis.tex")
+    with pytest.raises(ConfigError, match=r"parts is where unfinished work is kept, and holds something else"):
+        prefer._open_parts(parts, "a")
+    assert (parts / "thesis.tex").is_file()
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "config.yaml", ".hidden", "sub/config.json", "weights.bin"])
+def test_initialise_replaces_models_only(tmp_path: Path, name: str) -> None:
+    synthesize.run(synthetic_config(tmp_path, sft_math=40))
+    texts = [f"{tmp_path}/raw/sft_math.jsonl"]
+    output = tmp_path / "initial"
+    output.mkdir()
+    initialise.run(initialise_config(tmp_path, texts=texts))
+    first = contents(output)
+    initialise.run(initialise_config(tmp_path, texts=texts))
+    assert contents(output) == first, "an empty directory and an earlier model are replaced"
+    (output / name).parent.mkdir(exist_ok=True)
+    (output / name).write_text("of somebody")
+    before = contents(output)
+    entry = name.partition("/")[0]
+    with pytest.raises(ConfigError, match=rf"initial would be replaced, and {entry} in it is not part of a model"):
+        initialise.run(initialise_config(tmp_path, texts=texts))
+    assert contents(output) == before
+
+
+def test_initialise_does_not_replace_its_texts(tmp_path: Path) -> None:
+    (tmp_path / "initial").mkdir()
+    (tmp_path / "initial" / "tokenizer.json").write_text("{}")
+    config = initialise_config(tmp_path, texts=[f"{tmp_path}/initial/tokenizer.json"])
+    with pytest.raises(ConfigError, match=r"initial would be replaced, and .*tokenizer\.json is read from there"):
+        initialise.run(config)
+
+
+def test_an_output_needs_a_directory_to_lie_in(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a.statistics.json").mkdir()
+    for call in (
+        lambda: synthesize.run(synthetic_config(tmp_path / "file")),
+        lambda: decontaminate.run(decontaminate_config(tmp_path, output=f"{tmp_path}/file/clean")),
+        lambda: mix.run(mix_config(tmp_path, output=f"{tmp_path}/file/sub/a.jsonl")),
+        lambda: prefer.run(prefer_config(tmp_path, output=f"{tmp_path}/file/a.jsonl")),
+        lambda: initialise.run(initialise_config(tmp_path / "file")),
+    ):
+        with pytest.raises(ConfigError, match=r"^\w+\.output: .* cannot be written, .*file is a file$"):
+            call()
+    with pytest.raises(ConfigError, match=r"mix\.output: .*a\.statistics\.json is a directory, it must become a file"):
+        mix.run(mix_config(tmp_path, output=f"{tmp_path}/a.jsonl"))
+
+
+def test_a_mixture_without_rows_is_refused(tmp_path: Path) -> None:
+    synthesize.run(synthetic_config(tmp_path))
+    sources = [{"name": name, "path": f"{tmp_path}/raw/{name}.jsonl", "fraction": 1e-4} for name in SOURCES[:2]]
+    with pytest.raises(ValueError, match=r"no row is taken \(sft_math 0 of 402, sft_instructions 0 of 202\)"):
+        mix.run(mix_config(tmp_path, sources=sources))
+    assert not (tmp_path / "sft.jsonl").exists() and not (tmp_path / "sft.statistics.json").exists()
 
 
 def test_tables_line_up() -> None:

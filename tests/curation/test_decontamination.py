@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from tulu_hpc.curation.decontamination import EvalSet, TrainSet, compare, decontaminate, tokenize, user_turns
+from tulu_hpc.curation import decontamination
+from tulu_hpc.curation.decontamination import (
+    EvalIndex,
+    EvalSet,
+    SourceResult,
+    TrainSet,
+    decontaminate,
+    tokenize,
+    user_turns,
+)
 from tulu_hpc.data.records import RecordError, read_records, write_jsonl
 
 PROMPT = "Tom has twelve red apples and gives three of them to Ann today"
@@ -30,14 +43,18 @@ def evals(*prompts: str, name: str = "dev", unseen: bool = False) -> EvalSet:
     return EvalSet(name, [[tokenize(prompt)] for prompt in prompts], unseen)
 
 
-def slow_score(fields: list[tuple[str, ...]], turn: tuple[str, ...], n: int) -> float:
+def compare(source: TrainSet, sets: list[EvalSet], *, ngram: int = 8, **options: Any) -> tuple[SourceResult, set[int]]:
+    return decontamination.compare(source, EvalIndex(sets, ngram), **options)
+
+
+def slow_score(fields: list[tuple[str, ...]], turns: list[tuple[str, ...]], n: int) -> float:
     """The definition, token by token."""
     total = 0.0
     for text in fields:
         if len(text) < n:
-            total += text == turn
+            total += text in turns
             continue
-        shared = {turn[i : i + n] for i in range(len(turn) - n + 1)}
+        shared = {turn[i : i + n] for turn in turns for i in range(len(turn) - n + 1)}
         hits = sum(
             any(text[start : start + n] in shared for start in range(max(0, t - n + 1), min(t, len(text) - n) + 1))
             for t in range(len(text))
@@ -66,10 +83,9 @@ def test_scores_equal_the_definition_on_random_text(tmp_path: Path, n: int) -> N
         for each in sets:
             for instance, fields in enumerate(each.instances):
                 for number, row in enumerate(rows, 1):
-                    for turn in user_turns(row, "", 0):
-                        score = slow_score(fields, tokenize(turn), n)
-                        if score > 0.3:
-                            expected.add((each.name, instance, number, round(score, 4)))
+                    score = slow_score(fields, [tokenize(turn) for turn in user_turns(row, "", 0)], n)
+                    if score > 0.3:
+                        expected.add((each.name, instance, number, round(score, 4)))
         got = {(m.eval, m.instance, m.row, m.score) for m in result.matches}
         assert {g[:3] for g in got} == {e[:3] for e in expected}
         assert got == expected
@@ -82,7 +98,7 @@ def test_words_are_split_and_lowered_as_in_the_paper() -> None:
     assert tokenize(" ...\n") == ()
 
 
-def test_more_than_half_of_the_tokens_of_one_training_turn(tmp_path: Path) -> None:
+def test_more_than_half_of_the_tokens_of_one_training_row(tmp_path: Path) -> None:
     """16 words: 8 matched are exactly half and do not count, 9 do."""
     words = [f"w{i}" for i in range(16)]
     test = evals(" ".join(words))
@@ -93,10 +109,17 @@ def test_more_than_half_of_the_tokens_of_one_training_turn(tmp_path: Path) -> No
     assert compare(half, [test])[0].matches == []
     (match,) = compare(more, [test])[0].matches
     assert (match.score, match.spans) == (9 / 16, [" ".join(words[:9])])
-    # The two halves in two rows, or in two turns of one row, never add up.
+    # The two halves in two rows never add up, in two turns of one row they do: a row is a training instance.
     split = train(tmp_path, sft(" ".join(words[:8])), sft(" ".join(words[8:])), name="c")
+    assert compare(split, [test])[0].matches == []
     turns = train(tmp_path, sft(" ".join(words[:8]), " ".join(words[8:])), name="d")
-    assert compare(split, [test])[0].matches == compare(turns, [test])[0].matches == []
+    (match,) = compare(turns, [test])[0].matches
+    assert match.score == 1.0
+    # What several turns share counts once, and a run of words does not go on in the next turn.
+    again = train(tmp_path, sft(" ".join(words[:8]), " ".join(words[:8])), name="f")
+    cut = train(tmp_path, sft(" ".join(words[:4]), " ".join(words[4:])), name="g")
+    assert compare(again, [test])[0].matches == []
+    assert [m.score for m in compare(cut, [test])[0].matches] == [12 / 16]
     both = train(tmp_path, sft(" ".join(words[8:] + ["x"] + words[:8])), name="e")
     (match,) = compare(both, [test])[0].matches
     assert match.score == 1.0 and match.spans == [" ".join(words)]
@@ -217,5 +240,81 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'e' is empty"):
         EvalSet.read("e", str(tmp_path / "none.jsonl"), ["question"])
     twice = train(tmp_path, sft("x"))
-    with pytest.raises(ValueError, match="'train' is given twice"):
+    with pytest.raises(ValueError, match="training set 'train' is given twice"):
         decontaminate([twice, twice], [evals(PROMPT)], None)
+    with pytest.raises(ValueError, match="evaluation 'dev' is given twice"):
+        decontaminate([twice], [evals(PROMPT), evals("other")], None)
+    with pytest.raises(ValueError, match=r"none\.jsonl: the training set 'n' is empty"):
+        decontaminate([TrainSet("n", str(tmp_path / "none.jsonl"))], [evals(PROMPT)], None)
+    write_jsonl(tmp_path / "eval.jsonl", [{"a": "x", "b": ""}, {"a": "...", "b": ""}])
+    with pytest.raises(RecordError, match=r"eval\.jsonl:2: a, b: no word to compare"):
+        EvalSet.read("e", str(tmp_path / "eval.jsonl"), ["a", "b"])
+    (tmp_path / "eval.jsonl").write_text('{"a": 3}\n')
+    with pytest.raises(RecordError, match=r"eval\.jsonl:1: a: has no user turn with text"):
+        EvalSet.read("e", str(tmp_path / "eval.jsonl"), ["a"])
+    (tmp_path / "half.jsonl").write_text('{"prompt": "\\ud800"}\n')
+    with pytest.raises(RecordError, match=r"half\.jsonl:1: prompt: holds half of a surrogate pair"):
+        EvalSet.read("e", str(tmp_path / "half.jsonl"), ["prompt"])
+    with pytest.raises(RecordError, match=r"half\.jsonl:1: prompt: holds half of a surrogate pair"):
+        compare(TrainSet("h", str(tmp_path / "half.jsonl")), [evals(PROMPT)])
+
+
+def test_rows_that_json_cannot_hold_are_named(tmp_path: Path) -> None:
+    """Only where they would be written: comparing them is no problem."""
+    row = {**sft("harmless"), "made": datetime.datetime(2024, 1, 2)}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row, row]), tmp_path / "dated.parquet")
+    dated = TrainSet("dated", str(tmp_path / "dated.parquet"))
+    first = train(tmp_path, sft("first"))
+    with pytest.raises(RecordError, match=r"dated\.parquet:1: made: cannot be written as JSON: .*datetime"):
+        decontaminate([first, dated], [evals(PROMPT)], tmp_path / "clean", action="drop_rows")
+    assert not (tmp_path / "clean" / "dated.jsonl").exists()
+    assert decontaminate([dated], [evals(PROMPT)], tmp_path / "clean", action="report").sources[0].rows == 2
+    (tmp_path / "half.jsonl").write_text('{"prompt": "a", "note": "\\ud800"}\n')
+    half = TrainSet("half", str(tmp_path / "half.jsonl"))
+    with pytest.raises(RecordError, match=r"half\.jsonl:1: note: holds half of a surrogate pair"):
+        decontaminate([half], [evals(PROMPT)], tmp_path / "clean", action="drop_rows")
+
+
+def test_counts_and_recall_are_of_all_rows_though_the_report_lists_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cap is of each pair of sets: many matches of one evaluation leave room for those of the next."""
+    monkeypatch.setattr(decontamination, "MATCHES_KEPT", 2)
+    other = "another question of more than eight words in all of it"
+    rows = [sft(PROMPT)] * 5 + [sft(other)]
+    planted = [{"source": "train", "line": line} for line in range(1, 7)]
+    report = decontaminate(
+        [train(tmp_path, *rows)],
+        [evals(PROMPT), evals(other, name="second")],
+        None,
+        action="drop_rows",
+        planted=planted,
+    )
+    (source,) = report.sources
+    assert [(m.eval, m.row) for m in source.matches] == [("dev", 1), ("dev", 2), ("second", 6)]
+    assert [(each.rows, each.matches) for each in source.evals] == [(5, 5), (1, 1)]
+    assert report.planted is not None and report.planted["recall"] == 1.0 and report.planted["removed"] == 6
+    assert "overlapping_rows" not in json.loads(json.dumps(report.to_json()))["sources"][0]
+
+
+@pytest.mark.parametrize(
+    ("leak", "message"),
+    [
+        ({"source": "gone", "line": 1}, "source 'gone' is not among the training sets: train"),
+        ({"source": "train", "line": 3}, "line 3 of 'train', which has 2 rows"),
+        ({"source": "train", "line": 0, "where": "leaks.json: rows.7"}, "leaks.json: rows.7: line 0 of 'train'"),
+    ],
+)
+def test_leaks_that_are_not_in_the_sets_are_refused(tmp_path: Path, leak: dict[str, Any], message: str) -> None:
+    source = train(tmp_path, sft("a"), sft("b"))
+    with pytest.raises(ValueError, match=message):
+        decontaminate([source], [evals(PROMPT)], tmp_path / "clean", action="drop_rows", planted=[leak])
+    assert not (tmp_path / "clean").exists()
+
+
+def test_the_index_of_the_evaluations_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    add = EvalIndex._add
+    monkeypatch.setattr(EvalIndex, "_add", lambda self, *arguments: built.append(1) or add(self, *arguments))
+    decontaminate([train(tmp_path, sft("x"), name=name) for name in "abc"], [evals(PROMPT, "second")], None)
+    assert len(built) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -11,8 +13,8 @@ from typing import Any
 import pytest
 
 from tulu_hpc.curation.decontamination import EvalSet, TrainSet, decontaminate
-from tulu_hpc.curation.synthetic import instructions, word_problems
-from tulu_hpc.curation.synthetic.dataset import EDITS, EVALS, SOURCES, Sizes, SyntheticData, generate
+from tulu_hpc.curation.synthetic import dataset, instructions, word_problems
+from tulu_hpc.curation.synthetic.dataset import EDITS, EVALS, SOURCES, Sizes, SyntheticData, _final_lines, generate
 from tulu_hpc.data.records import parse_record, write_jsonl
 from tulu_hpc.verifiers.registry import check_record, verify
 
@@ -163,6 +165,45 @@ def test_leaks_are_where_the_side_file_says(data: SyntheticData) -> None:
         if leak["source"] in ("preference_prompts", "rlvr") and leak["eval"].startswith("math"):
             answer = data.evals[leak["eval"]][leak["eval_row"]]["answer"]
             assert row["ground_truth"] == answer.rsplit("#### ", 1)[1]
+
+
+def test_lines_of_leaks_are_those_of_one_insertion_after_the_other() -> None:
+    rng = Random(0)
+    for _ in range(300):
+        rows = rng.randint(0, 9)
+        places = [rng.randint(1, rows + count + 1) for count in range(rng.randint(0, 9))]
+        file: list[int | None] = [None] * rows
+        for leak, place in enumerate(places):
+            file.insert(place - 1, leak)
+        assert _final_lines(places, rows) == [file.index(leak) + 1 for leak in range(len(places))]
+
+
+def test_many_leaks_take_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in accesses to the lines of leaks: moving the earlier ones at each insertion took millions."""
+    touched = 0
+
+    class Counting(dict):  # type: ignore[type-arg]
+        def __getitem__(self, key: Any) -> Any:
+            nonlocal touched
+            touched += 1
+            return super().__getitem__(key)
+
+    class Leaks(list):  # type: ignore[type-arg]
+        def append(self, leak: Any) -> None:
+            super().append(Counting(leak))
+
+    data = generate(dataclasses.replace(SIZES, sft_math=20, sft_instructions=20, leaks=0), seed=3)
+    data.leaks = Leaks()
+    sizes = dataclasses.replace(SIZES, leaks=2000)
+    dataset._plant_leaks(data, dataset.eval_tasks(SIZES.eval_rows), sizes, Random(0))
+    assert len(data.leaks) == 2000 and touched <= 10 * 2000
+
+
+def test_output_for_a_seed_stays_what_it_was() -> None:
+    sizes = Sizes(300, 150, 40, 60, 16, 300, 0.4, 0.5)
+    data = generate(sizes, 3)
+    text = json.dumps([data.sources, data.evals, data.leaks])
+    assert hashlib.sha256(text.encode()).hexdigest().startswith("e420a3e796419ee0320b5648537a13f8")
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

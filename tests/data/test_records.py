@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 import os
@@ -12,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tulu_hpc.data.records import Message, RecordError, RlvrRecord, parse_record, read_records, write_jsonl
+from tulu_hpc.data.records import Message, RecordError, RlvrRecord, is_hub_id, parse_record, read_records, write_jsonl
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 SFT = {"messages": [USER, ANSWER], "source": "flan", "extra": 1}
@@ -92,6 +93,9 @@ def test_several_verifiers_of_one_prompt() -> None:
         ("rlvr", {**RLVR, "dataset": 3}, "dataset", "3"),
         ("rlvr", {**RLVR, "dataset": ["a", "b"]}, "ground_truth", "1 entries for 2"),
         ("rlvr", {**RLVR, "messages": [USER, ANSWER]}, "messages[1]", "nothing to answer"),
+        ("rlvr", {**RLVR, "ground_truth": "\ud800"}, "ground_truth", "surrogate"),
+        ("rlvr", {**RLVR, "dataset": "\ud800"}, "dataset", "surrogate"),
+        ("sft", {**SFT, "source": "\ud800"}, "source", "surrogate"),
     ],
 )
 def test_a_malformed_row_names_file_line_and_field(
@@ -115,6 +119,80 @@ def test_lines_that_are_no_json_objects(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"rows.jsonl:2: not JSON"):
         read_records(path, "sft")
     assert [s.split(": ")[0][-1] for s in read_records(path, "sft", on_error="skip").skipped] == ["2", "3", "4"]
+
+
+def test_nesting_without_end_is_a_malformed_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(SFT) + "\n" + "[" * 100_000 + "\n" + json.dumps(SFT) + "\n")
+    with pytest.raises(RecordError, match=r"rows\.jsonl:2: nested too deeply"):
+        read_records(path, "sft")
+    found = read_records(path, "sft", on_error="skip")
+    assert (len(found), found.skipped) == (2, [f"{path}:2: nested too deeply"])
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_damaged_file_is_an_error_with_its_line(tmp_path: Path, on_error: Any) -> None:
+    """What is lost cannot be counted, so `skip` does not help."""
+    packed = gzip.compress("".join(f"{json.dumps({**SFT, 'n': n})}\n" for n in range(9)).encode())
+    rows = pyarrow.Table.from_pylist([SFT] * 2000)
+    pyarrow.parquet.write_table(rows, tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    damaged = {
+        "cut.jsonl.gz": packed[:-9],
+        "flipped.jsonl.gz": packed[:-8] + bytes(4) + packed[-4:],
+        "none.jsonl.gz": b"no gzip",
+        "garbled.jsonl.gz": packed[:12] + b"\xff" * 40,
+        "cut.parquet": whole[:-20],
+        "garbled.parquet": whole[:4] + b"\xff" * 400 + whole[404:],
+        "none.parquet": b"no parquet",
+    }
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(RecordError, match=rf"{name}:\d+: cannot be read from here on: .") as caught:
+            read_records(tmp_path / name, "sft", on_error=on_error)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_value_that_cannot_be_read_is_a_malformed_row(tmp_path: Path) -> None:
+    messages = pyarrow.array([SFT["messages"]] * 3)
+    text = pyarrow.array([b"a", b"\xff", b"c"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"messages": messages, "extra": text}), tmp_path / "rows.parquet")
+    with pytest.raises(RecordError, match=r"rows\.parquet:2: cannot be read: .*utf-8"):
+        read_records(tmp_path / "rows.parquet", "sft")
+    found = read_records(tmp_path / "rows.parquet", "sft", on_error="skip")
+    assert (len(found), len(found.skipped)) == (2, 1)
+
+
+def test_a_ground_truth_that_json_cannot_hold(tmp_path: Path) -> None:
+    row = {**RLVR, "ground_truth": datetime.date(2024, 1, 2)}
+    with pytest.raises(RecordError, match=r"r:1: ground_truth: cannot be written as JSON: .*date"):
+        parse_record(row, "rlvr", file="r", line=1)
+    with pytest.raises(ValueError, match="surrogate"):
+        write_jsonl(tmp_path / "out.jsonl", [{"a": "\ud800"}])
+
+
+def test_what_may_be_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped local path never leaves this machine."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in (
+        "foo/bar.txt",
+        "foo/bar.jsonl",
+        "foo/bar.json.gz",
+        "foo/bar.csv:train",
+        "data/mixture",
+        "a/b/c",
+        "abc",
+    ):
+        assert not is_hub_id(name), name
+        with pytest.raises(FileNotFoundError, match="no such file or directory"):
+            read_records(name, "sft")
+    for name in (
+        "allenai/tulu-3-sft-mixture",
+        "allenai/llama-3.1-tulu-3-8b-preference-mixture:train[:10%]",
+        "a/b_v1.0",
+    ):
+        assert is_hub_id(name), name
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_dev_never_touches_unseen(inputs: Path, tmp_path: Path) -> None:
     for mode in ("greedy", "sampled"):
         score = found["tasks"]["instructions"]["scores"][mode]
         assert 0 <= score["low"] <= score["score"] <= score["high"] <= 1
-    with pytest.raises(WorkerError, match=r"unseen\.jsonl: not found"):
+    with pytest.raises(WorkerError, match=r"unseen\.jsonl: no such file"):
         in_processes(evaluate.run, config, unseen=True)
     assert not (tmp_path / evaluate.UNSEEN_LOG).exists()
     shutil.copy(inputs / "math.jsonl", tmp_path / "unseen.jsonl")

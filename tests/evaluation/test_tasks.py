@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tulu_hpc.data.chat_template import ChatTemplate
@@ -79,7 +82,11 @@ def test_suites_are_separate() -> None:
         (["{\n"], r":1: "),
         ([ROW, {"question": "q"}], r":2: field 'answer'"),
         ([ROW, {**ROW, "answer": "14"}], r":2: .*####"),
-        (["[1]\n"], r":1: not an object"),
+        (["[1]\n"], r":1: is \[1\], need an object"),
+        ([ROW, "[" * 100_000 + "\n"], r":2: nested too deeply"),
+        ([ROW, "\n", {**ROW, "question": "q"}, ROW], r"rows\.jsonl:4: the same id as .*rows\.jsonl:1$"),
+        ([{**ROW, "question": "\ud800"}], r":1: '\\ud800' holds half of a surrogate pair"),
+        ([{**ROW, "kind": "\ud800"}], r":1: .* holds half of a surrogate pair"),
         ([], "holds no row"),
     ],
 )
@@ -95,8 +102,28 @@ def test_bad_ifeval_rows_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(EvalError, match=r"if\.jsonl:2: .*no:such"):
         load_task("t", IFEVAL, path)
     assert len(load_task("t", IFEVAL, path, limit=1).instances) == 1
-    with pytest.raises(EvalError, match="not found"):
+    with pytest.raises(EvalError, match="no such file"):
         load_task("t", IFEVAL, str(tmp_path / "none.jsonl"))
+    write(tmp_path / "if.jsonl", [IF_ROW, {**IF_ROW, "key": 8}])
+    with pytest.raises(EvalError, match=r"if\.jsonl:2: the same question and answer as .*if\.jsonl:1$"):
+        load_task("t", IFEVAL, path)
+    other = {**IF_ROW, "prompt": "Name other pets.", "key": None}
+    write(tmp_path / "if.jsonl", [{**IF_ROW, "key": None}, other])
+    assert len(load_task("t", IFEVAL, path).instances) == 2, "a key that is null is none"
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"question": "\xff"}\n')
+    with pytest.raises(EvalError, match=r"bytes\.jsonl:1: not JSON: .*utf-8"):
+        load_task("t", GSM8K, str(tmp_path / "bytes.jsonl"))
+
+
+def test_every_file_that_records_may_have(tmp_path: Path) -> None:
+    """Parquet too, as the public sets come; a file that is cut off is an error with its line."""
+    rows = [{**ROW, "question": f"{n}?"} for n in range(3)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    plain = load_task("t", GSM8K, write(tmp_path / "rows.jsonl", rows)).instances
+    assert load_task("t", GSM8K, str(tmp_path / "rows.parquet")).instances == plain
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROW).encode())[:-9])
+    with pytest.raises(EvalError, match=r"cut\.jsonl\.gz:1: cannot be read from here on"):
+        load_task("t", GSM8K, str(tmp_path / "cut.jsonl.gz"))
 
 
 def test_few_shot_needs_its_own_rows(tmp_path: Path) -> None:

@@ -34,6 +34,18 @@ def test_script_is_valid_bash_and_quotes() -> None:
     assert "--nproc-per-node=8" in script
 
 
+@pytest.mark.parametrize("name", ["python", "my python", "it's; echo no", "$HOME `id`"])
+def test_any_interpreter_reaches_the_command(tmp_path: Path, name: str) -> None:
+    """The srun line is run as it is rendered, with an interpreter that says under which name it was started."""
+    python = tmp_path / name
+    python.write_text('#!/bin/sh\necho "$0"\n')
+    python.chmod(0o755)
+    script = render(job(python=str(python)))
+    command = script[script.index("bash -c") : script.index(" &\nstep=")]
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert result.stdout == f"{python}\n"
+
+
 def test_all_directives_stand_before_the_first_command() -> None:
     """Slurm ignores #SBATCH lines after the first command."""
     lines = render(job(partition="p", account="a", exclusive=True, cpus_per_task=4)).splitlines()
@@ -63,6 +75,13 @@ def test_time_limits(text: str, seconds: int) -> None:
         ({"time_limit": "5"}, "leaves nothing before the request to save"),
         ({"nodes": 0}, "nodes must be at least 1"),
         ({"run_dir": Path("/runs/a b")}, "cannot contain blanks"),
+        ({"job_name": "a\n#SBATCH --exclusive"}, "job-name 'a.*': an #SBATCH line takes one word"),
+        ({"job_name": "a b"}, "job-name 'a b': an #SBATCH line takes one word"),
+        ({"partition": "p\nrm -rf x"}, "partition .*: an #SBATCH line takes one word"),
+        ({"account": "a\r"}, "account .*: an #SBATCH line takes one word"),
+        ({"sbatch_options": ["--exclude=n1", "--x\necho"]}, "sbatch '--x.*': one line"),
+        ({"srun_options": "--mpi=none\n"}, "srun '--mpi=none.*': one line"),
+        ({"time_limit": "24:00:00\n"}, "time '24:00:00.*': expected"),
     ],
 )
 def test_bad_jobs(changes: dict[str, object], message: str) -> None:

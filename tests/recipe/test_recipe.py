@@ -17,9 +17,11 @@ import pytest
 import yaml
 
 from tulu_hpc.config.loader import ConfigError, load_config
-from tulu_hpc.config.schema import RecipeConfig
+from tulu_hpc.config.schema import InitialiseConfig, RecipeConfig, SftConfig
 from tulu_hpc.stages import recipe
+from tulu_hpc.stages.child import ChildResult
 from tulu_hpc.stages.recipe import RecipeError, resolve_steps, telling_lines
+from tulu_hpc.stages.step_files import check_files, files_below, outputs_of
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "configs" / "quickstart"
@@ -92,10 +94,81 @@ def test_complete_then_reused_then_changed(file: Path, capsys: pytest.CaptureFix
     recipe.run(_load(file))
     third = capsys.readouterr().out
     assert "mix: data mix" in third and "sft.jsonl is missing" in third and third.count("reused (made") == 2
+    # A missing file is made by the step that made it, not blamed on the one that reads it.
+    (root / "data" / "clean" / "sft_math.jsonl").unlink()
+    recipe.run(_load(file))
+    fourth = capsys.readouterr().out
+    assert "decontaminate: data decontaminate" in fourth and "sft_math.jsonl is missing" in fourth
+    assert fourth.count("reused (made") == 2
     with (root / "data" / "clean" / "sft_math.jsonl").open("a") as source:
         source.write("\n")
-    with pytest.raises(RecipeError, match=r"step mix was made from other files: .*clean/sft_math\.jsonl changed since"):
+    with pytest.raises(
+        RecipeError, match=r"step mix was made from other files: .*clean/sft_math\.jsonl changed since"
+    ) as e:
         recipe.run(_load(file))
+    assert f"remove {root}/.recipe/decontaminate.json to have step decontaminate write its files again" in str(e.value)
+    assert f"or remove {root}/.recipe/mix.json and what the step wrote" in str(e.value)
+    (root / ".recipe" / "decontaminate.json").unlink()
+    capsys.readouterr()
+    recipe.run(_load(file))
+    assert capsys.readouterr().out.count("reused (made") == 2
+
+
+def test_markers_list_every_file(file: Path) -> None:
+    recipe.run(_load(file))
+    root = _root(file)
+    listed = {}
+    for name in ("synthesize", "decontaminate", "mix"):
+        marker = json.loads((root / ".recipe" / f"{name}.json").read_text())
+        listed[name] = {str(Path(path).relative_to(root / "data")) for path in marker["outputs"]}
+    sources = ("sft_math", "sft_instructions", "preference_prompts", "rlvr")
+    evals = ("math_dev", "if_dev", "math_unseen", "if_unseen")
+    assert listed["synthesize"] == {"raw/leaks.json"} | {f"raw/{n}.jsonl" for n in sources} | {
+        f"eval/{n}.jsonl" for n in evals
+    }
+    assert listed["decontaminate"] == {"clean/report.json"} | {f"clean/{n}.jsonl" for n in sources}
+    assert listed["mix"] == {"sft.jsonl", "sft.statistics.json"}
+
+
+def test_weights_and_tokenizer_are_outputs(tmp_path: Path) -> None:
+    """A directory that a step makes as a whole stands for every file in it."""
+    overrides = [f"run.root={tmp_path}", f"run.dir={tmp_path}/sft"]
+    sft = load_config(QUICKSTART / "sft.yaml", overrides, SftConfig)
+    assert outputs_of(sft) == [tmp_path / "sft" / "metrics.jsonl", tmp_path / "sft" / "hf"]
+    initialise = load_config(QUICKSTART / "initialise.yaml", overrides[:1], InitialiseConfig)
+    (output,) = outputs_of(initialise)
+    output.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (output / name).write_text("x")
+    assert {path.name for path in files_below([output])} == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_a_step_that_does_not_restore_what_is_missing_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a training run that finds itself finished although somebody took a shard of its export."""
+    monkeypatch.setattr(recipe, "run_child", lambda *_, **__: ChildResult(0, 1.0, [], None))
+    config = load_config(QUICKSTART / "sft.yaml", [f"run.dir={tmp_path}/sft"], SftConfig)
+    export = tmp_path / "sft" / "hf"
+    export.mkdir(parents=True)
+    (export / "config.json").write_text("{}")
+    (tmp_path / "sft" / "metrics.jsonl").write_text("")
+    step = recipe.Step("sft", ["sft"], "sft.yaml", 1, [], config)
+    shard = str(export / "model.safetensors")
+    message = rf"step sft ended without writing {shard}; log: .*; remove {export} to have all of it written again"
+    with pytest.raises(RecipeError, match=message):
+        recipe._run_step(step, tmp_path, tmp_path, 0, [shard])
+    assert recipe._run_step(step, tmp_path, tmp_path, 0, []).outputs == [
+        str(export / "config.json"),
+        str(tmp_path / "sft" / "metrics.jsonl"),
+    ]
+
+
+def test_a_run_does_not_replace_the_model_that_it_starts_from(tmp_path: Path) -> None:
+    (tmp_path / "sft" / "hf").mkdir(parents=True)
+    overrides = [f"run.dir={tmp_path}/sft", f"model.path={tmp_path}/sft/hf"]
+    with pytest.raises(ConfigError, match=r"run\.dir: .*sft/hf would be replaced, and .*sft/hf is read from there"):
+        check_files(load_config(QUICKSTART / "sft.yaml", overrides, SftConfig))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -131,17 +204,31 @@ def test_failing_step_is_named_with_its_log_and_reason(file: Path) -> None:
 
 
 def test_all_configurations_are_checked_before_the_first_step(file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"mix\.sourcs: unknown key; did you mean mix\.sources"):
+    with pytest.raises(ConfigError, match=r"^step mix: overrides: mix\.sourcs: unknown key; did you mean mix\.sources"):
         recipe.run(_load(file, "overrides.mix.mix.sourcs=1"))
+    with pytest.raises(ConfigError, match=r"^step mix: mix\.output: .*clean/sft_math\.jsonl would replace") as error:
+        recipe.run(_load(file, 'overrides.mix.mix.output="{root}/../clean/sft_math.jsonl"', *_existing(file)))
+    assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=r"overrides\.mixx: no such step; steps are synthesize, decontaminate, mix"):
         recipe.run(_load(file, "overrides.mixx.run.seed=1"))
     assert not _root(file).exists()
 
 
+def _existing(file: Path) -> list[str]:
+    """A source of the mixture that is there before the first step."""
+    path = file.parent / "clean" / "sft_math.jsonl"
+    path.parent.mkdir()
+    path.write_text("{}\n")
+    return [f"overrides.mix.mix.sources=[{{name: math, path: {path}}}]"]
+
+
 def test_unknown_verb_and_repeated_name(file: Path) -> None:
     raw = yaml.safe_load(file.read_text())
     for change, message in (
-        ({"verb": "data mxi"}, "unknown verb 'data mxi'"),
+        ({"verb": "data mxi"}, "step synthesize: unknown verb 'data mxi'"),
+        ({"verb": 'data "mix'}, "step synthesize: unknown verb"),
+        ({"verb": "data mix --unseen"}, "step synthesize: .*the only options of a step are eval's"),
+        ({"verb": "sft", "config": str(QUICKSTART / "sft.yaml"), "overrides": {}}, "step synthesize: .* needs run.dir"),
         ({"name": "mix"}, "'mix' is used twice"),
     ):
         file.write_text(yaml.safe_dump({**raw, "steps": [{**raw["steps"][0], **change}, *raw["steps"][1:]]}))
@@ -199,8 +286,19 @@ def test_telling_lines() -> None:
 def test_marker_is_not_trusted_when_it_is_not_ours(file: Path) -> None:
     state = _root(file) / ".recipe"
     state.mkdir(parents=True)
-    (state / "mix.json").write_text(json.dumps({"config": {}}))
     started = time.monotonic()
-    with pytest.raises(RecipeError, match=r"mix\.json: not a marker of this version"):
-        recipe.run(_load(file))
+    good = {"step": "mix", "verb": "data mix", "inputs": {}, "outputs": [], "seconds": 1.0, "finished": "x"}
+    for content in (
+        json.dumps({"config": {}}),
+        *("", "[]", "3", "null", "{", "[" * 100_000, '"\\ud800"'),
+        json.dumps({**good, "config": 3}),
+        json.dumps({**good, "config": {"mix": []}}),
+        json.dumps({**good, "config": {}, "outputs": [3]}),
+        json.dumps({**good, "config": {}, "inputs": ["a"]}),
+        json.dumps({**good, "config": {}, "seconds": float("inf")}),
+    ):
+        (state / "mix.json").write_text(content)
+        with pytest.raises(RecipeError, match=r"^\S*mix\.json: not a marker of this version \(.+\); take") as error:
+            recipe.run(_load(file))
+        assert "\n" not in str(error.value)
     assert time.monotonic() - started < 30

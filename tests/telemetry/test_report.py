@@ -169,6 +169,21 @@ def test_file_of_another_form_is_an_error(inputs: ReportInputs, tmp_path: Path, 
         write_report(inputs, tmp_path / "report.html")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "metrics.jsonl: holds no step"),
+        ("{", "metrics.jsonl: holds no step"),
+        ('{"a": 1}\n', "metrics.jsonl:1: .*no step"),
+    ],
+)
+def test_metrics_without_steps_are_an_error(inputs: ReportInputs, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run_rlvr" / "metrics.jsonl").write_text(text)
+    with pytest.raises(TelemetryError, match=message):
+        write_report(inputs, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_suites_of_different_models_are_refused(inputs: ReportInputs, tmp_path: Path) -> None:
     """As when the development suite was run again, with another model, into the same directory."""
     results = json.loads((tmp_path / "sft" / "dev.json").read_text())

@@ -150,6 +150,94 @@ def test_several_verifiers_give_the_mean():
     assert verify(record, "7, perhaps").score == 0.5
 
 
+NO_NUMBERS = [
+    "nan",
+    "NaN",
+    "inf",
+    "-Infinity",
+    "1_0",
+    "1,5",
+    "1,0000",
+    "0x10",
+    "",
+    "1e9999",
+    "5 apples",
+    True,
+    float("nan"),
+    {},
+]
+
+
+@pytest.mark.parametrize(
+    ("truth", "value"),
+    [
+        ("1,000", "1000"),
+        ("$1,234,567.50", "1234567.5"),
+        (-3, "-3"),
+        (7.0, "7"),
+        ("+.5", "0.5"),
+        ("1e3", "1000"),
+        (" 7. ", "7"),
+    ],
+)
+def test_gsm8k_ground_truths(truth, value):
+    check_record({"dataset": "gsm8k", "ground_truth": truth})
+    assert math_score(f"The answer is {value}", truth) == 1
+
+
+def test_compat_takes_any_ground_truth_but_none():
+    """It compares texts, so a comma in the ground truth is never met; that stays as it was."""
+    for truth, score in (("nan", 0), ("1,000", 0), ("1000", 1)):
+        check_record({"dataset": "gsm8k", "ground_truth": truth}, "tulu3-compat")
+        assert math_score("It is 1,000", truth, "tulu3-compat") == score
+    for call in (lambda r: check_record(r, "tulu3-compat"), lambda r: verify(r, "None", "tulu3-compat")):
+        with pytest.raises(ValueError, match="gsm8k: the ground truth is null"):
+            call({"dataset": "gsm8k", "ground_truth": None})
+
+
+COUNT, TEXT, TEXTS = "need a count", "need a text that is not blank", "need a list of texts that are not blank"
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "words"),
+    [
+        *(("detectable_format:number_bullet_lists", {"num_bullets": n}, COUNT) for n in ("3", 2.5, True, -1, [3])),
+        ("detectable_content:number_placeholders", {"num_placeholders": "many"}, COUNT),
+        ("length_constraints:number_words", {"num_words": 3, "relation": "at most"}, "need 'at least' or 'less than'"),
+        ("keywords:frequency", {"keyword": "a", "frequency": 2, "relation": ["at least"]}, "need 'at least' or"),
+        ("keywords:frequency", {"keyword": ["a"], "frequency": 2}, TEXT),
+        ("keywords:frequency", {"keyword": "a", "frequency": "2"}, COUNT),
+        *(
+            ("keywords:existence", {"keywords": words}, TEXTS)
+            for words in ([], "sun", ["sun", 3], ["sun", " "], {"a": 1})
+        ),
+        ("keywords:forbidden_words", {"forbidden_words": [None]}, TEXTS),
+        *(("startend:end_checker", {"end_phrase": phrase}, TEXT) for phrase in (3, "", ["bye"])),
+        ("language:response_language", {"language": 3}, TEXT),
+        ("content:words_from_set", {"words": "cat"}, TEXTS),
+        ("content:words_from_set", {"words": ["cat"], "at_least": "2"}, COUNT),
+    ],
+)
+def test_arguments_that_a_constraint_cannot_use_are_refused(name, kwargs, words):
+    truth = {"instruction_id": [name], "kwargs": [kwargs]}
+    for rules in ("fixed", "tulu3-compat"):
+        with pytest.raises(ValueError, match=f"ifeval: instruction '{name}': .*{words}"):
+            check_record({"dataset": "ifeval", "ground_truth": truth}, rules)
+    with pytest.raises(ValueError, match="num_bullets is 'three', need a count"):
+        check_record({"dataset": "ifeval", "ground_truth": {"func_name": "verify_bullet_points", "N": "three"}})
+
+
+def test_deeply_nested_json_is_no_crash():
+    for rules in ("fixed", "tulu3-compat"):
+        record = {"dataset": "ifeval", "ground_truth": {"func_name": "validate_json_format"}}
+        assert verify(record, "[" * 100_000, rules).score == 0.0
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_good_arguments_are_taken(name):
+    check_record({"dataset": "ifeval", "ground_truth": {"instruction_id": [name], "kwargs": [CASES[name][0]]}})
+
+
 @pytest.mark.parametrize(
     ("record", "words"),
     [
@@ -172,6 +260,19 @@ def test_several_verifiers_give_the_mean():
             "kwargs",
         ),
         ({"dataset": "ifeval", "ground_truth": {"other": 1}}, "func_name"),
+        ({"dataset": "ifeval", "ground_truth": None}, "must be a mapping, got None"),
+        ({"dataset": "ifeval", "ground_truth": "[" * 100_000}, "nested too deeply"),
+        ({"dataset": "ifeval", "ground_truth": {"func_name": ["x"]}}, r"unknown func_name \['x'\]"),
+        ({"dataset": "ifeval", "ground_truth": {"instruction_id": [["x"]]}}, r"list of names instruction_id, got \[\["),
+        ({"dataset": "ifeval", "ground_truth": {"instruction_id": ["punctuation:no_comma"], "kwargs": 5}}, "got 5"),
+        ({"dataset": "ifeval", "ground_truth": {"instruction_id": ["punctuation:no_comma"], "kwargs": {}}}, "got {}"),
+        (
+            {"dataset": "ifeval", "ground_truth": {"instruction_id": ["punctuation:no_comma"], "kwargs": [["a"]]}},
+            r"kwargs must be a list of mappings or null, got \[\['a'\]\]",
+        ),
+        *(({"dataset": "gsm8k", "ground_truth": truth}, "not a number") for truth in NO_NUMBERS),
+        ({"dataset": "gsm8k", "ground_truth": None}, "gsm8k: the ground truth is null"),
+        ({"dataset": "gsm8k", "ground_truth": [None]}, "gsm8k: the ground truth is null"),
     ],
 )
 def test_records_that_cannot_be_verified_are_refused(record, words):

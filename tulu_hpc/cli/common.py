@@ -12,6 +12,7 @@ import typer
 from pydantic import BaseModel
 
 from tulu_hpc.config.loader import ConfigError, dump_yaml, load_config
+from tulu_hpc.stages.step_files import check_files
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -34,7 +35,7 @@ def load_and_run(
     *,
     alone: bool = False,
 ) -> None:
-    """Load the configuration, then import the stage (only now: it may need seconds) and run it.
+    """Load the configuration, check where it writes, then import the stage (only now: it may need seconds) and run it.
 
     Args:
         alone: the verb is one process; several would write the same files at the same time.
@@ -45,6 +46,7 @@ def load_and_run(
         return
     if alone:
         refuse_torchrun()
+    check_files(config)
     stage()(config)
 
 

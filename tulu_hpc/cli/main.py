@@ -17,6 +17,8 @@ from tulu_hpc.cli.common import EXIT_BAD_INPUT, rank_prefix, report_error, wants
 # typer carries its own copy of click from 0.20 on and used the installed one before; this is the right class in both.
 ClickException = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
+_UNUSABLE_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
 app = typer.Typer(
     name="tulu-hpc",
     help="Tulu 3 post-training on megatron-core: SFT, DPO, RLVR, their data and evaluation.",
@@ -67,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(args=arguments, standalone_mode=False)
     except typer.Abort:
         sys.exit(130)
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, *_UNUSABLE_FILES) as error:
         if wants_traceback():
             raise
         report_error(error)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class RopeScaling(BaseModel):
     """Llama 3 frequency scaling (`rope_type: llama3`); lengths in tokens."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     rope_type: Literal["llama3"] = "llama3"
     factor: float = Field(gt=0)
@@ -24,7 +24,7 @@ class RopeScaling(BaseModel):
 class Architecture(BaseModel):
     """Dimensions of a Llama model, named as in transformers' `LlamaConfig`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     vocab_size: int = Field(gt=0)
     hidden_size: int = Field(gt=0)

@@ -54,8 +54,13 @@ _Yaml12Loader.yaml_implicit_resolvers[""] = [("tag:yaml.org,2002:null", re.compi
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
-    # int(text, 0) would refuse 007; YAML 1.2 reads it as decimal.
-    return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+    try:
+        # int(text, 0) would refuse 007; YAML 1.2 reads it as decimal.
+        return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+    except ValueError:  # Python's limit of digits
+        raise yaml.constructor.ConstructorError(
+            None, None, f"an integer of {len(text)} digits", node.start_mark
+        ) from None
 
 
 _Yaml12Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
@@ -69,8 +74,13 @@ class _Document:
     origin: dict[tuple[str, ...], str] = field(default_factory=dict)
 
 
-def load_config(path: Path | str, overrides: Sequence[str], schema: type[Config]) -> Config:
+def load_config(
+    path: Path | str, overrides: Sequence[str], schema: type[Config], *, origin: str = COMMAND_LINE
+) -> Config:
     """Read `path`, apply `a.b=c` overrides (values are YAML) and check against `schema`.
+
+    Args:
+        origin: where the overrides come from, for messages.
 
     Raises:
         ConfigError: every problem on a line of its own.
@@ -78,7 +88,7 @@ def load_config(path: Path | str, overrides: Sequence[str], schema: type[Config]
     path = find_config(path)
     document = _read(path, ())
     for text in overrides:
-        _apply_override(document, text)
+        _apply_override(document, text, origin)
     _substitute_root(document.data)
     return _validate(document, schema, str(path))
 
@@ -141,8 +151,8 @@ def _parse(path: Path) -> _Document:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    loader = _Yaml12Loader(text)
     try:
+        loader = _Yaml12Loader(text)
         node = loader.get_single_node()
         if node is None:
             return _Document({})
@@ -151,12 +161,32 @@ def _parse(path: Path) -> _Document:
         document = _Document({})
         _note_lines(node, (), path, document.origin)
         document.data = loader.construct_document(node)
+        _require_plain(document.data, document.origin)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from error
-    finally:
-        loader.dispose()
+    except yaml.reader.ReaderError as error:
+        row = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{path}:{row}: not valid YAML: {_unreadable(error)}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
     return document
+
+
+def _unreadable(error: yaml.reader.ReaderError) -> str:
+    return f"the character U+{ord(error.character) if isinstance(error.character, str) else error.character:04X}"
+
+
+def _require_plain(value: Any, origin: dict[tuple[str, ...], str], at: tuple[str, ...] = ()) -> None:
+    """Tags such as `!!binary` make values that no key takes; `"\\ud800"` is half a character."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _require_plain(item, origin, (*at, str(key)))
+    elif not (value is None or isinstance(value, str | bool | int | float)):
+        raise ConfigError(f"{origin.get(at, '')}: {'.'.join(at)}: a {type(value).__name__} is no value here")
+    for text in (*at[-1:], value):
+        if isinstance(text, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text):
+            raise ConfigError(f"{origin.get(at, '')}: {'.'.join(at)!a}: holds NUL or half of a surrogate pair")
 
 
 def _note_lines(node: yaml.Node, at: tuple[str, ...], path: Path, origin: dict[tuple[str, ...], str]) -> None:
@@ -189,36 +219,35 @@ def _merge_data(base: Any, top: Any) -> Any:
     return top
 
 
-def _apply_override(document: _Document, text: str) -> None:
+def _apply_override(document: _Document, text: str, origin: str) -> None:
     key, equals, value_text = text.partition("=")
     parts = tuple(key.strip().split("."))
     if not equals or not all(parts):
-        raise ConfigError(f"{COMMAND_LINE}: {text!r}: expected section.key=value")
-    value = _parse_value(key, value_text)
+        raise ConfigError(f"{origin}: {text!r}: expected section.key=value")
+    value = _parse_value(parts, value_text, origin)
     target = document.data
     for depth, part in enumerate(parts[:-1]):
         if target.get(part) is None:
             target[part] = {}
-            document.origin[parts[: depth + 1]] = COMMAND_LINE
+            document.origin[parts[: depth + 1]] = origin
         if not isinstance(target[part], dict):
             where = ".".join(parts[: depth + 1])
-            raise ConfigError(f"{COMMAND_LINE}: {key}: {where} is {target[part]!r}, not a section with keys")
+            raise ConfigError(f"{origin}: {key}: {where} is {target[part]!r}, not a section with keys")
         target[part] = dict(target[part])
         target = target[part]
     target[parts[-1]] = value
-    document.origin[parts] = COMMAND_LINE
+    document.origin[parts] = origin
 
 
-def _parse_value(key: str, text: str) -> Any:
+def _parse_value(key: tuple[str, ...], text: str, origin: str) -> Any:
     if text.startswith(ROOT_PLACEHOLDER):
         return text  # YAML would take the brace for a mapping
-    loader = _Yaml12Loader(text)
     try:
-        return loader.get_single_data()
-    except yaml.MarkedYAMLError as error:
-        raise ConfigError(f"{COMMAND_LINE}: {key}: not a YAML value: {text!r}") from error
-    finally:
-        loader.dispose()
+        value = _Yaml12Loader(text).get_single_data()
+        _require_plain(value, {key: origin}, key)
+        return value
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{origin}: {'.'.join(key)}: not a YAML value: {text!r:.100}") from error
 
 
 def _substitute_root(data: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -102,6 +102,8 @@ def _type_text(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is NoneType:
         return "empty"
+    if origin is Annotated:
+        return _type_text(arguments[0])
     if origin in (Union, UnionType):
         return " or ".join(_type_text(argument) for argument in arguments)
     if origin is Literal:

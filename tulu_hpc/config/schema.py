@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import re
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tulu_hpc.config.architecture import Architecture
 
@@ -12,7 +13,17 @@ from tulu_hpc.config.architecture import Architecture
 class Section(BaseModel):
     """Base of all configuration sections."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+
+def _file_name(name: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", name) or not name.strip("."):
+        raise ValueError(f"{name!r} becomes a file name: letters, digits, '_', '-' and '.' only, and not dots alone")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class RunSection(Section):
@@ -23,7 +34,9 @@ class RunSection(Section):
         description="Run directory (sft, dpo, rlvr); resumed if it holds a checkpoint. Empty: a new one under {root}.",
     )
     seed: int = 0
-    threads: int | None = Field(default=None, description="CPU threads per process; empty: cores / local processes.")
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads per process; empty: cores / local processes."
+    )
     deterministic: bool = Field(default=True, description="Refuse non-deterministic kernels.")
     gpus: int | None = Field(
         default=None,
@@ -80,7 +93,7 @@ class ParallelSection(Section):
 
 class OptimizerSection(Section):
     lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="Each at least 0 and below 1.")
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_grad: float = Field(default=1.0, ge=0, description="Global gradient norm; 0 switches clipping off.")
@@ -282,7 +295,7 @@ class PreferConfig(Section):
 class EvalTaskSection(Section):
     name: str = Field(description="Key of the score in reports.")
     task: str = Field(description="Task of the suite's registry, e.g. gsm8k, ifeval.")
-    path: str = Field(description="JSONL in the task's public schema.")
+    path: str = Field(description="JSONL, Parquet or Hugging Face dataset id, in the task's public schema.")
     limit: int | None = Field(default=None, ge=1)
     few_shot: int = Field(default=0, ge=0)
     few_shot_path: str | None = None
@@ -341,7 +354,7 @@ class EvalPrompts(Section):
 
 
 class CleanSource(Section):
-    name: str = Field(description="Of the cleaned file: {output}/NAME.jsonl.")
+    name: FileName = Field(description="Of the cleaned file: {output}/NAME.jsonl.")
     path: str
 
 
@@ -409,7 +422,7 @@ class InitialiseConfig(Section):
 
 
 class RecipeStep(Section):
-    name: str
+    name: FileName = Field(description="Of the step's log and marker too.")
     verb: str = Field(description="Verb of the command line, e.g. `sft` or `data mix`.")
     config: str
     processes: int = Field(default=1, ge=1)

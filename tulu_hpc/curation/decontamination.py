@@ -1,7 +1,8 @@
 """Finding evaluation prompts in training data by exact n-gram overlap, by the rules of the Tulu 3 paper (section 3.2).
 
 1. Only prompts (user turns) are compared, lower-cased and split at white space and punctuation.
-2. A token of an evaluation instance matches if it lies in an n-gram (n = 8) that a training instance also has.
+2. A token of an evaluation instance matches if it lies in an n-gram (n = 8) that a training instance also has in one of
+   its user turns.
 3. An instance overlaps if more than half of its tokens match the same training instance; several fields are averaged.
 4. A training set is contaminated by an evaluation if it overlaps with more than 2 % of its instances.
 
@@ -20,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tulu_hpc.data.records import RecordError, iterate_rows, write_jsonl
+from tulu_hpc.data.records import NOT_TEXT, RecordError, is_text, iterate_rows, json_text, write_lines
 
 Action = Literal["report", "drop_rows", "paper"]
 Tokens = tuple[str, ...]
@@ -46,7 +47,7 @@ class EvalSet:
         """Read the prompt fields of every row.
 
         Raises:
-            RecordError: a row is malformed, or lacks all of the fields or one of them.
+            RecordError: a row is malformed, lacks one of the fields, or has no word in any of them.
             ValueError: the file has no row.
         """
         instances = []
@@ -57,11 +58,10 @@ class EvalSet:
             for key in fields:
                 if key not in row:
                     raise RecordError("is missing", file=file, line=line, field=key)
-                text = (
-                    row[key] if isinstance(row[key], str) else "\n".join(user_turns({"messages": row[key]}, file, line))
-                )
-                texts.append(tokenize(text))
+                texts.append(tokenize("\n".join(_user_texts(row[key], key, file, line))))
             instances.append([tokens for tokens in texts if tokens])
+            if not instances[-1]:
+                raise RecordError("no word to compare", file=file, line=line, field=", ".join(fields))
         if not instances:
             raise ValueError(f"{path}: the evaluation set {name!r} is empty")
         return cls(name, instances, unseen)
@@ -89,7 +89,10 @@ class Match:
 
 @dataclass
 class Overlap:
-    """What one training set and one evaluation have in common."""
+    """What one training set and one evaluation have in common: `overlapping` of its `instances`, by `rows` of the set.
+
+    `matches` counts pairs of an instance and a row; the report lists the first `MATCHES_KEPT` of them.
+    """
 
     eval: str
     unseen: bool
@@ -98,12 +101,16 @@ class Overlap:
     rate: float = 0.0
     contaminated: bool = False
     rows: int = 0
+    matches: int = 0
     action: str = "none"
 
 
 @dataclass
 class SourceResult:
-    """What was found in one training set, and what became of it."""
+    """What was found in one training set, and what became of it.
+
+    `overlapping_rows` are all rows that overlap with an evaluation; JSON has their number by evaluation only.
+    """
 
     name: str
     path: str
@@ -113,6 +120,7 @@ class SourceResult:
     dropped: bool = False
     evals: list[Overlap] = field(default_factory=list)
     matches: list[Match] = field(default_factory=list)
+    overlapping_rows: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -127,13 +135,17 @@ class Report:
     planted: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        for source in values["sources"]:
+            del source["overlapping_rows"]
+        return values
 
 
-class _Index:
+class EvalIndex:
     """Every n-gram of the evaluation sets, and where it occurs."""
 
-    def __init__(self, evals: Sequence[EvalSet], ngram: int) -> None:
+    def __init__(self, evals: Sequence[EvalSet], ngram: int = 8) -> None:
+        self.evals = evals
         self.ngram = ngram
         self.fields: list[tuple[int, int, Tokens]] = []  # (evaluation, instance, tokens)
         self.field_count: Counter[tuple[int, int]] = Counter()
@@ -152,13 +164,13 @@ class _Index:
         for start, gram in enumerate(_ngrams(tokens, self.ngram)):
             self.grams[gram].append((position, start))
 
-    def match(self, tokens: Tokens) -> Iterator[tuple[int, int, float, list[str]]]:
-        """(evaluation, instance, score, shared spans) of every instance that shares anything with a training turn."""
+    def match(self, turns: Sequence[Tokens]) -> Iterator[tuple[int, int, float, list[str]]]:
+        """(evaluation, instance, score, shared spans) of every instance that shares anything with a row's turns."""
         starts: dict[int, list[int]] = defaultdict(list)
-        for gram in self.grams.keys() & set(_ngrams(tokens, self.ngram)):
+        for gram in self.grams.keys() & {gram for turn in turns for gram in _ngrams(turn, self.ngram)}:
             for position, start in self.grams[gram]:
                 starts[position].append(start)
-        whole = set(self.short.get(tokens, ()))
+        whole = {position for turn in turns for position in self.short.get(turn, ())}
         scores: dict[tuple[int, int], float] = defaultdict(float)
         spans: dict[tuple[int, int], list[str]] = defaultdict(list)
         for position in sorted(starts.keys() | whole):
@@ -192,22 +204,29 @@ def user_turns(row: Mapping[str, Any], file: str, line: int) -> list[str]:
     Raises:
         RecordError: the row has no prompt to compare.
     """
-    value, key = next(((row[k], k) for k in ("messages", "prompt", "chosen") if row.get(k) is not None), (None, ""))
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list) or not all(isinstance(m, Mapping) for m in value):
-        raise RecordError("no messages, prompt or chosen to compare", file=file, line=line, field=key or "messages")
-    turns = [message.get("content") for message in value if message.get("role") == "user"]
-    if not turns or not all(isinstance(turn, str) for turn in turns):
+    key = next((key for key in ("messages", "prompt", "chosen") if row.get(key) is not None), None)
+    if key is None:
+        raise RecordError("no messages, prompt or chosen to compare", file=file, line=line, field="messages")
+    return _user_texts(row[key], key, file, line)
+
+
+def _user_texts(value: Any, key: str, file: str, line: int) -> list[str]:
+    """The user's texts of a conversation, or the text itself."""
+    turns = [value]
+    if isinstance(value, list) and all(isinstance(message, Mapping) for message in value):
+        turns = [message.get("content") for message in value if message.get("role") == "user"]
+    texts = [turn for turn in turns if isinstance(turn, str)]
+    if not texts or len(texts) < len(turns):
         raise RecordError("has no user turn with text", file=file, line=line, field=key)
-    return [str(turn) for turn in turns]
+    if not all(map(is_text, texts)):
+        raise RecordError(NOT_TEXT, file=file, line=line, field=key)
+    return texts
 
 
 def compare(
     train: TrainSet,
-    evals: Sequence[EvalSet],
+    index: EvalIndex,
     *,
-    ngram: int = 8,
     match_threshold: float = 0.5,
     contamination_threshold: float = 0.02,
     action: Action = "paper",
@@ -223,29 +242,34 @@ def compare(
 
     Raises:
         RecordError: a training row is malformed.
+        ValueError: the training set has no row.
     """
-    index = _Index(evals, ngram)
+    evals = index.evals
     result = SourceResult(train.name, train.path)
     touched: list[set[int]] = [set() for _ in evals]  # instances of each evaluation
     rows: list[set[int]] = [set() for _ in evals]  # rows of the training set
+    pairs = [0] * len(evals)  # of an instance and a row
     for file, line, row in iterate_rows(train.path):
         if isinstance(row, RecordError):
             raise row
         result.rows += 1
-        for turn in user_turns(row, file, line):
-            for number, instance, score, spans in index.match(tokenize(turn)):
-                if score <= match_threshold:
-                    continue
-                touched[number].add(instance)
-                rows[number].add(result.rows)
-                if len(result.matches) < MATCHES_KEPT * len(evals):
-                    identity = str(row.get("id") or f"row {result.rows}")
-                    result.matches.append(
-                        Match(evals[number].name, instance, result.rows, identity, round(score, 4), spans)
-                    )
+        for number, instance, score, spans in index.match([tokenize(turn) for turn in user_turns(row, file, line)]):
+            if score <= match_threshold:
+                continue
+            touched[number].add(instance)
+            rows[number].add(result.rows)
+            pairs[number] += 1
+            if pairs[number] <= MATCHES_KEPT:
+                identity = str(row.get("id") or f"row {result.rows}")
+                match = Match(evals[number].name, instance, result.rows, identity, round(score, 4), spans)
+                result.matches.append(match)
+    if not result.rows:
+        raise ValueError(f"{train.path}: the training set {train.name!r} is empty")
+    result.overlapping_rows = set().union(*rows)
     remove: set[int] = set()
     for number, each in enumerate(evals):
         overlap = Overlap(each.name, each.unseen, len(each.instances), len(touched[number]), rows=len(rows[number]))
+        overlap.matches = pairs[number]
         overlap.rate = overlap.overlapping / overlap.instances
         overlap.contaminated = overlap.rate > contamination_threshold
         if action == "paper" and overlap.contaminated and each.unseen:
@@ -276,41 +300,53 @@ def decontaminate(
     With `action` "report", or without `output`, nothing is written. `planted`: see `score_planted`.
 
     Raises:
-        RecordError: a malformed row.
-        ValueError: two training sets of one name, or one that would be overwritten.
+        RecordError: a malformed row, or one to be kept that JSON has no form for.
+        ValueError: two training sets or two evaluations of one name, an empty training set, or a planted leak that is
+            not in the sets.
     """
-    names = [each.name for each in train]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"the training set {twice[0]!r} is given twice")
-    for source in train:
-        if output is not None and (output / f"{source.name}.jsonl").resolve() == Path(source.path).resolve():
-            raise ValueError(f"{source.path}: the cleaned file would replace its source; give another output")
+    for kind, names in (("training set", [each.name for each in train]), ("evaluation", [each.name for each in evals])):
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"the {kind} {twice[0]!r} is given twice")
+    index = EvalIndex(evals, ngram)
     report = Report(ngram, match_threshold, contamination_threshold, action, [])
     removed: dict[str, set[int]] = {}
     for source in train:
         result, remove = compare(
             source,
-            evals,
-            ngram=ngram,
+            index,
             match_threshold=match_threshold,
             contamination_threshold=contamination_threshold,
             action=action,
         )
         report.sources.append(result)
         removed[source.name] = remove
-        if output is not None and action != "report":
-            write_jsonl(output / f"{source.name}.jsonl", _rows_without(source.path, remove))
     if planted is not None:
         report.planted = score_planted(report, removed, planted)
+    if output is not None and action != "report":
+        for source in train:
+            write_lines(output / f"{source.name}.jsonl", _lines_without(source.path, removed[source.name]))
     return report
 
 
-def _rows_without(path: str, remove: set[int]) -> Iterator[dict[str, Any]]:
-    for number, (_, _, row) in enumerate(iterate_rows(path), 1):
+def _lines_without(path: str, remove: set[int]) -> Iterator[str]:
+    for number, (file, line, row) in enumerate(iterate_rows(path), 1):
         if isinstance(row, RecordError):
             raise row
         if number not in remove:
-            yield row
+            try:
+                yield json_text(row)
+            except ValueError as error:
+                raise RecordError(str(error), file=file, line=line, field=_unwritable(row)) from None
+
+
+def _unwritable(row: Mapping[str, Any]) -> str:
+    """The first field that JSON has no form for."""
+    for key, value in row.items():
+        try:
+            json_text({key: value})
+        except ValueError:
+            return key if is_text(key) else ascii(key)
+    return ""
 
 
 def score_planted(
@@ -320,14 +356,26 @@ def score_planted(
 
     Args:
         removed: rows taken out of each training set.
-        planted: one entry per leak with `source`, `line` (1-based row of the training set) and `edit`.
+        planted: one entry per leak with `source`, `line` (1-based row of the training set) and `edit`; `where` names
+            the entry in messages.
 
     Returns:
         `planted` and `found` leaks, `recall`, both again by kind of edit, the leaks that were `removed`, and
         `false_drops`: rows removed that nobody planted, with their share of all rows that were not planted.
+
+    Raises:
+        ValueError: a leak is in no training set, or beyond its last row.
     """
-    truth = {(str(leak["source"]), int(leak["line"])): str(leak.get("edit", "")) for leak in planted}
-    found = {(source.name, match.row) for source in report.sources for match in source.matches}
+    rows = {source.name: source.rows for source in report.sources}
+    truth: dict[tuple[str, int], str] = {}
+    for leak in planted:
+        name, line, where = leak["source"], leak["line"], leak.get("where", "planted leak")
+        if name not in rows:
+            raise ValueError(f"{where}: source {name!r} is not among the training sets: {', '.join(rows)}")
+        if not 1 <= line <= rows[name]:
+            raise ValueError(f"{where}: line {line} of {name!r}, which has {rows[name]} rows")
+        truth[name, line] = str(leak.get("edit", ""))
+    found = {(source.name, row) for source in report.sources for row in source.overlapping_rows}
     gone = {(name, row) for name, rows in removed.items() for row in rows}
     by_edit = {
         edit: {
@@ -336,7 +384,7 @@ def score_planted(
         }
         for edit in sorted(set(truth.values()))
     }
-    innocent = sum(source.rows for source in report.sources) - len(truth)
+    innocent = sum(rows.values()) - len(truth)
     false_drops = len(gone - truth.keys())
     return {
         "planted": len(truth),

@@ -58,7 +58,7 @@ def mix(
 
     Raises:
         RecordError: a malformed row, unless `on_error` is "skip".
-        ValueError: two sources of one name, or both a count and a fraction.
+        ValueError: two sources of one name, both a count and a fraction, or no row at all.
     """
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -93,8 +93,11 @@ def mix(
                 **_lengths(taken),
             )
         )
+    if not rows:
+        taken_of = ", ".join(f"{each.name} 0 of {each.available}" for each in statistics)
+        raise ValueError(f"mix.sources: no row is taken ({taken_of}); raise the fractions")
     for each in statistics:
-        each.share = each.taken / max(1, len(rows))
+        each.share = each.taken / len(rows)
     random.Random(f"{seed}/all").shuffle(rows)
     return MixResult(rows, statistics, skipped)
 

@@ -15,13 +15,17 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, overload
 
 RecordKind = Literal["sft", "preference", "rlvr"]
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]:%+-]+)?")
+# Data set ids have versions in them (`llama-3.1-tulu`), so a suffix is letters first: `.txt`, `.jsonl`, `.gz`.
+_FILE_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]*")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -92,6 +96,7 @@ class RlvrRecord:
     id: str
 
 
+NOT_TEXT = "holds half of a surrogate pair, which is no text"
 AnyRecord = SftRecord | PreferenceRecord | RlvrRecord
 R = TypeVar("R", SftRecord, PreferenceRecord, RlvrRecord)
 
@@ -190,6 +195,8 @@ def parse_record(row: Mapping[str, Any], kind: RecordKind, *, file: str, line: i
     try:
         if source is not None and not isinstance(source, str):
             raise _FieldError("source", f"is {_show(source)}, need a string")
+        if source is not None and not is_text(source):
+            raise _FieldError("source", NOT_TEXT)
         return parsers[kind](row, source or _stem(file))
     except _FieldError as error:
         raise RecordError(str(error), file=file, line=line, field=error.field) from None
@@ -261,6 +268,11 @@ def _rlvr(row: Mapping[str, Any], source: str) -> RlvrRecord:
         raise _FieldError("dataset", f"is {_show(row['dataset'])}, need a name or a list of names")
     if len(dataset) != len(ground_truth):
         raise _FieldError("ground_truth", f"has {len(ground_truth)} entries for {len(dataset)} names in dataset")
+    for name, value in (("ground_truth", ground_truth), ("dataset", dataset)):
+        try:
+            json_text(value)
+        except ValueError as error:
+            raise _FieldError(name, str(error)) from None
     return RlvrRecord(messages, ground_truth, dataset, source, content_id(messages, ground_truth, dataset))
 
 
@@ -281,8 +293,8 @@ def _messages(row: Mapping[str, Any], name: str) -> list[Message]:
             raise _FieldError(f"{where}.role", f"is {_show(role)}, need one of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise _FieldError(f"{where}.content", f"is {_show(content)}, need a string")
-        if not content.isascii() and re.search("[\ud800-\udfff]", content):
-            raise _FieldError(f"{where}.content", "holds half of a surrogate pair, which is no text")
+        if not is_text(content):
+            raise _FieldError(f"{where}.content", NOT_TEXT)
         if not content.strip():
             raise _FieldError(f"{where}.content", "is empty")
         messages.append(Message(role, content))
@@ -290,16 +302,33 @@ def _messages(row: Mapping[str, Any], name: str) -> list[Message]:
 
 
 def iterate_rows(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any] | RecordError]]:
-    """(file, line, row) of every row; a line that is no JSON object comes as the RecordError that says so."""
+    """(file, line, row) of every row; a row that is no JSON object comes as the RecordError that says so.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        RecordError: from here on the file cannot be read (cut off, damaged).
+        ValueError: an unknown file type, or a data set that cannot be loaded.
+    """
     local = Path(path)
     if local.is_dir():
         yield from _directory_rows(local)
     elif local.is_file():
         yield from _file_rows(local)
-    elif HUB_ID.fullmatch(str(path)) and not local.suffix.startswith((".json", ".parq", ".gz")):
+    elif is_hub_id(str(path)):
         yield from _hub_rows(str(path))
     else:
         raise FileNotFoundError(f"{path}: no such file or directory")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is nothing local is a Hugging Face id, `owner/name` or `owner/name:split`.
+
+    A file suffix, or a folder of the owner's name here, makes it a local path that was mistyped.
+    """
+    if not HUB_ID.fullmatch(name):
+        return False
+    repository = Path(name.partition(":")[0])
+    return not _FILE_SUFFIX.fullmatch(repository.suffix) and not repository.parent.exists()
 
 
 def _directory_rows(directory: Path) -> Iterator[tuple[str, int, dict[str, Any] | RecordError]]:
@@ -317,20 +346,45 @@ def _directory_rows(directory: Path) -> Iterator[tuple[str, int, dict[str, Any] 
 def _file_rows(file: Path) -> Iterator[tuple[str, int, dict[str, Any] | RecordError]]:
     name = str(file)
     if name.endswith((".jsonl", ".jsonl.gz")):
-        with gzip.open(file, "rb") if name.endswith(".gz") else file.open("rb") as stream:
-            for line, text in enumerate(stream, 1):
-                if text.strip():
-                    yield name, line, _json_row(text, name, line)
+        yield from _json_rows(file)
     elif name.endswith(".parquet"):
-        import pyarrow.parquet as parquet
-
-        line = 0
-        for batch in parquet.ParquetFile(file).iter_batches():
-            for row in batch.to_pylist():
-                line += 1
-                yield name, line, row
+        yield from _parquet_rows(file)
     else:
         raise ValueError(f"{file}: unknown file type, need .jsonl, .jsonl.gz or .parquet")
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, int, dict[str, Any] | RecordError]]:
+    name, line = str(file), 0
+    with gzip.open(file, "rb") if name.endswith(".gz") else file.open("rb") as stream:
+        while True:
+            line += 1
+            try:
+                text = stream.readline()
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise RecordError(f"cannot be read from here on: {error}", file=name, line=line) from None
+            if not text:
+                return
+            if text.strip():
+                yield name, line, _json_row(text, name, line)
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, int, dict[str, Any] | RecordError]]:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    name, line = str(file), 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches():
+            for index in range(batch.num_rows):
+                line += 1
+                try:
+                    row = {key: column[index].as_py() for key, column in zip(batch.schema.names, batch.columns)}
+                except ValueError as error:  # text that is not UTF-8, a time that Python has no date for
+                    yield name, line, RecordError(f"cannot be read: {error}", file=name, line=line)
+                else:
+                    yield name, line, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise RecordError(f"cannot be read from here on: {_one_line(error)}", file=name, line=line + 1) from None
 
 
 def _json_row(text: bytes, file: str, line: int) -> dict[str, Any] | RecordError:
@@ -338,6 +392,8 @@ def _json_row(text: bytes, file: str, line: int) -> dict[str, Any] | RecordError
         row = json.loads(text)
     except ValueError as error:  # a syntax error, or bytes that are not UTF-8
         return RecordError(f"not JSON: {error}", file=file, line=line)
+    except RecursionError:
+        return RecordError("nested too deeply", file=file, line=line)
     if not isinstance(row, dict):
         return RecordError(f"is {_show(row)}, need an object", file=file, line=line)
     return row
@@ -364,15 +420,43 @@ def _import_datasets(name: str) -> Any:
     return datasets
 
 
+def is_text(text: str) -> bool:
+    """Whether every character can be written as UTF-8; JSON can spell halves of surrogate pairs, which cannot."""
+    return text.isascii() or _SURROGATE.search(text) is None
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON on one line.
+
+    Raises:
+        ValueError: it holds something that JSON or UTF-8 has no form for: a date, bytes, half of a surrogate pair.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except TypeError as error:
+        raise ValueError(f"cannot be written as JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not is_text(text):
+        raise ValueError(NOT_TEXT)
+    return text
+
+
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows as JSON lines; the file appears whole or not at all. Returns the number of rows."""
+    return write_lines(path, map(json_text, rows))
+
+
+def write_lines(path: str | Path, lines: Iterable[str]) -> int:
+    """As `write_jsonl`, of rows that are JSON text already."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
     count = 0
-    with gzip.open(partial, "wt") if target.suffix == ".gz" else partial.open("w", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    open_text = gzip.open if target.suffix == ".gz" else open
+    with open_text(partial, "wt", encoding="utf-8") as stream:
+        for line in lines:
+            stream.write(line + "\n")
             count += 1
     partial.replace(target)
     return count
@@ -390,3 +474,7 @@ def _stem(file: str) -> str:
 def _show(value: object) -> str:
     text = json.dumps(value, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

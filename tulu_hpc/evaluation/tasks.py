@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tulu_hpc.data.records import Message, content_id
+from tulu_hpc.data.records import NOT_TEXT, Message, RecordError, content_id, is_text, iterate_rows, json_text
 from tulu_hpc.verifiers import check_record
 from tulu_hpc.verifiers.gsm8k import reference_answer
 from tulu_hpc.verifiers.ifeval import parse_instructions
@@ -69,33 +68,43 @@ class Prompt:
 
 
 def read_instances(task: EvalTask, path: str | Path, *, limit: int | None = None) -> list[Instance]:
-    """Instances of a JSONL file.
+    """Instances of a file of any form that records may have.
 
     Raises:
-        EvalError: naming file and line.
+        EvalError: naming file and line; also where a row, or its id, is there twice (both lines are named).
     """
-    file = Path(path)
-    if not file.is_file():
-        raise EvalError(f"{file}: not found")
     instances: list[Instance] = []
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+    seen: dict[tuple[str, str], str] = {}
+    try:
+        for file, line, row in iterate_rows(path):
             if limit is not None and len(instances) == limit:
                 break
+            if isinstance(row, RecordError):
+                raise row
             try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("not an object")
-                instance = task.parse(row)
-                check_record(instance.record)
+                instance = _instance(task, row)
+                row_text = json_text([instance.question, instance.record])
+                for what, key in (("id", instance.id), ("question and answer", row_text)):
+                    first = seen.setdefault((what, key), f"{file}:{line}")
+                    if first != f"{file}:{line}":
+                        raise ValueError(f"the same {what} as {first}")
             except ValueError as error:
-                raise EvalError(f"{file}:{number}: {error}") from None
+                raise RecordError(str(error), file=file, line=line) from None
             instances.append(instance)
+    except (RecordError, FileNotFoundError) as error:
+        raise EvalError(str(error)) from None
     if not instances:
-        raise EvalError(f"{file}: holds no row")
+        raise EvalError(f"{path}: holds no row")
     return instances
+
+
+def _instance(task: EvalTask, row: Mapping[str, Any]) -> Instance:
+    instance = task.parse(row)
+    check_record(instance.record)
+    for text in (instance.id, instance.question, instance.kind, instance.demonstration or ""):
+        if not is_text(text):
+            raise ValueError(f"{text!r:.60} {NOT_TEXT}")
+    return instance
 
 
 def build_prompt(task: EvalTask, instance: Instance, examples: Sequence[Instance], prompting: Prompting) -> Prompt:
@@ -150,9 +159,8 @@ def parse_ifeval(row: Mapping[str, Any]) -> Instance:
     truth = {"instruction_id": row.get("instruction_id_list"), "kwargs": row.get("kwargs")}
     names = [name for name, _ in parse_instructions(truth)]
     kind = str(row.get("kind") or " + ".join(name.split(":")[1] for name in names if not name.startswith("content:")))
-    return Instance(
-        str(row.get("key", content_id("ifeval", prompt))), prompt, {"dataset": "ifeval", "ground_truth": truth}, kind
-    )
+    key = content_id("ifeval", prompt) if row.get("key") is None else str(row["key"])
+    return Instance(key, prompt, {"dataset": "ifeval", "ground_truth": truth}, kind)
 
 
 GSM8K = EvalTask("gsm8k", parse_gsm8k, shows_working=True)

@@ -60,7 +60,15 @@ class SlurmJob:
         for name in ("nodes", "processes_per_node", "save_seconds"):
             if getattr(self, name) < 1:
                 raise LaunchError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if not _TIME.match(self.time_limit):
+        directives = {"job-name": self.job_name, "partition": self.partition or "", "account": self.account or ""}
+        for option, value in directives.items():
+            if re.search(r"\s", value) or not value.isprintable():
+                raise LaunchError(f"{option} {value!r}: an #SBATCH line takes one word, without blanks and line breaks")
+        for option, values in (("sbatch", self.sbatch_options), ("srun", [self.srun_options])):
+            for value in values:
+                if not value.isprintable():
+                    raise LaunchError(f"{option} {value!r}: one line, without control characters")
+        if not _TIME.fullmatch(self.time_limit):
             raise LaunchError(f"time {self.time_limit!r}: expected minutes, MM:SS, HH:MM:SS or D-HH:MM:SS")
         if time_limit_seconds(self.time_limit) <= self.save_seconds:
             raise LaunchError(
@@ -104,6 +112,8 @@ def render(job: SlurmJob, template: Path | None = None) -> str:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
     values = {name: getattr(job, name) for name in job.__dataclass_fields__}
+    # The template has it inside the single quotes of `bash -c '...'`, so the quotes it needs there are quoted again.
+    values["python"] = shlex.quote(job.python).replace("'", "'\"'\"'")
     try:
         return environment.from_string(path.read_text(encoding="utf-8")).render(values)
     except jinja2.TemplateError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -48,6 +49,6 @@ def find_gpu(text: str) -> Gpu:
         near = difflib.get_close_matches(name, GPUS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"--gpu {text!r}: unknown{hint} (known: {', '.join(GPUS)}, or a number of GiB)") from None
-    if gib <= 0:
-        raise ValueError(f"--gpu {text!r}: a GPU has more than 0 GiB")
+    if not (math.isfinite(gib) and gib > 0):
+        raise ValueError(f"--gpu {text!r}: need a number of GiB above 0")
     return Gpu(f"{gib:g} GiB", int(gib * GIB))

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from tulu_hpc.config.schema import DecontaminateConfig
 from tulu_hpc.curation.decontamination import EvalSet, Report, TrainSet, decontaminate
+from tulu_hpc.stages.step_files import check_files
 from tulu_hpc.stages.tables import print_table
 
 
@@ -15,9 +18,11 @@ def run(config: DecontaminateConfig) -> Path:
     """Write `output`/<source>.jsonl with what is left of each source, and `output`/report.json; return its path.
 
     Raises:
+        ConfigError: a file of the output would replace one that is read, or the output cannot be written there.
         RecordError: a malformed row of a source or an evaluation.
-        ValueError: the side file of planted leaks is none.
+        ValueError: the side file of planted leaks is none, or not of these sources.
     """
+    check_files(config)
     section = config.decontaminate
     output = Path(section.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -38,14 +43,24 @@ def run(config: DecontaminateConfig) -> Path:
     return path
 
 
+class _Leak(BaseModel):
+    source: str
+    line: int
+    edit: str = ""
+
+
+class _Leaks(BaseModel):
+    rows: list[_Leak]
+
+
 def _read_planted(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        if all({"source", "line"} <= row.keys() for row in rows):
-            return list(rows)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: not a side file of planted leaks: {error}") from None
-    raise ValueError(f"{path}: not a side file of planted leaks: an entry lacks source or line")
+        leaks = _Leaks.model_validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ValueError(f"{path}: not a side file of planted leaks: {where}: {first['msg']}") from None
+    return [{**leak.model_dump(), "where": f"{path}: rows.{number}"} for number, leak in enumerate(leaks.rows)]
 
 
 def _print(report: Report) -> None:

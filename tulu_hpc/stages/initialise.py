@@ -12,6 +12,7 @@ from tulu_hpc.data.records import PreferenceRecord, RecordKind, read_records
 from tulu_hpc.data.tokenizer import train_tokenizer
 from tulu_hpc.models.initialise import random_hf_model
 from tulu_hpc.models.safetensors_files import published
+from tulu_hpc.stages.step_files import check_files
 
 
 def run(config: InitialiseConfig) -> Path:
@@ -20,9 +21,11 @@ def run(config: InitialiseConfig) -> Path:
     The vocabulary of the architecture is that of the tokenizer, which may need fewer than `tokenizer.vocab_size` rows.
 
     Raises:
+        ConfigError: `initialise.output` holds something that is no model of ours.
         RecordError: a malformed row of `tokenizer.texts`.
         ValueError: the vocabulary is too small for bytes and special tokens.
     """
+    check_files(config)
     tokenizer = train_tokenizer(
         _texts(config.tokenizer.texts, config.tokenizer.kind),
         config.tokenizer.vocab_size,

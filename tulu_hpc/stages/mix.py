@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.schema import MixConfig
 from tulu_hpc.data.mixing import Source, mix
 from tulu_hpc.data.records import write_jsonl
+from tulu_hpc.stages.step_files import check_files, outputs_of
 from tulu_hpc.stages.tables import print_table
 
 
@@ -16,17 +16,16 @@ def run(config: MixConfig) -> Path:
     """Write `mix.output` and, beside it, <name>.statistics.json; return the path of the mixture.
 
     Raises:
-        ConfigError: the mixture would replace one of its sources.
+        ConfigError: the mixture would replace one of its sources, or lie in one.
         RecordError: a malformed row, unless `mix.on_error` is "skip".
+        ValueError: no row comes out.
     """
+    check_files(config)
     section = config.mix
     sources = [Source(s.name, s.path, s.count, s.fraction) for s in section.sources]
-    output = Path(section.output)
-    if any(output.resolve() == Path(source.path).resolve() for source in sources):
-        raise ConfigError(f"mix.output {output}: is one of the sources, which it would replace")
+    output, statistics = outputs_of(config)
     result = mix(sources, section.kind, config.run.seed, on_error=section.on_error)
     write_jsonl(output, result.rows)
-    statistics = output.with_name(output.name.removesuffix(".gz").removesuffix(".jsonl") + ".statistics.json")
     statistics.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
     headers = ["source", "rows", "skipped", "taken", "repeated", "missing", "share", "turns", "characters"]
     table: list[list[object]] = [

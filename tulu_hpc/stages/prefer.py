@@ -38,6 +38,7 @@ from tulu_hpc.stages.rollouts import (
     verifier_record,
     verify_in_replica,
 )
+from tulu_hpc.stages.step_files import check_files, outputs_of
 from tulu_hpc.telemetry.progress import Progress
 from tulu_hpc.verifiers.sandbox import VerifierPool
 
@@ -51,15 +52,16 @@ def run(config: PreferConfig) -> Path:
         ConfigError, RecordError, LayoutError: naming the key, file, line or rank.
         VerifierError: too many verdicts were lost.
     """
+    check_files(config)
     if config.rollout.temperature == 0:
         raise ConfigError("rollout.temperature = 0: greedy answers to a prompt are all equal, there would be no pair")
     refuse_stop_strings(config.rollout, "data prefer")
     model = open_model(config.run, config.model, config.parallel)
-    groups, output = model.groups, Path(config.prefer.output)
+    groups = model.groups
+    output, statistics = outputs_of(config)
     prompts = load_prompts(config.data, config.verifier, model.tokenizer, lambda text: model.say(f"prefer: {text}"))
     prompts = _choose(prompts, config)
     identity = _identity(config, model, prompts)
-    statistics = output.with_name(output.name + ".stats.json")
     parts = output.with_name(output.name + ".parts")
     if groups.broadcast_object(_is_done(output, statistics, identity) if groups.is_main else None):
         model.say(f"prefer: nothing to do, {output} is complete")
@@ -158,8 +160,14 @@ def _is_done(output: Path, statistics: Path, identity: str) -> bool:
 
 
 def _open_parts(parts: Path, identity: str) -> None:
-    """Make the directory of chunks; chunks of other settings are thrown away."""
+    """Make the directory of chunks; chunks of other settings are thrown away.
+
+    Raises:
+        ConfigError: a directory of that name is there and holds something else.
+    """
     mark = parts / "identity"
+    if parts.is_dir() and not mark.is_file() and any(parts.iterdir()):
+        raise ConfigError(f"prefer.output: {parts} is where unfinished work is kept, and holds something else")
     if parts.is_dir() and (not mark.is_file() or mark.read_text() != identity):
         shutil.rmtree(parts)
     if not parts.is_dir():

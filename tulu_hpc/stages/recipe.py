@@ -16,19 +16,19 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from tulu_hpc.config import schema
 from tulu_hpc.config.loader import ConfigError, dump_yaml, flatten, load_config
 from tulu_hpc.config.run_directory import MAY_DIFFER, differences
 from tulu_hpc.config.verbs import SCHEMAS
 from tulu_hpc.stages.child import ChildResult, run_child
-from tulu_hpc.stages.step_files import digests, files_below, inputs_of, missing, outputs_of
+from tulu_hpc.stages.step_files import check_files, digests, files_below, inputs_of, missing, outputs_of
 from tulu_hpc.telemetry.progress import duration
 from tulu_hpc.telemetry.report import ReportInputs, Timing, score_lines, write_report
 
@@ -60,6 +60,18 @@ class RecipeError(ValueError):
     """A step failed, or what an earlier run left does not fit this one."""
 
 
+class Marker(BaseModel):
+    """What a finished step leaves; `inputs` maps paths to digests."""
+
+    step: str
+    verb: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: list[str]
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+    finished: str
+
+
 @dataclass(frozen=True)
 class Step:
     """One step, its configuration resolved; `overrides` are what its command line gets."""
@@ -70,6 +82,10 @@ class Step:
     processes: int
     overrides: list[str]
     config: Any
+
+    @property
+    def options(self) -> list[str]:
+        return [word for word in self.verb if word.startswith("-")]
 
     @property
     def command(self) -> list[str]:
@@ -108,18 +124,18 @@ def run(config: schema.RecipeConfig, *, dry_run: bool = False) -> Path:
         for number, step in enumerate(steps, start=1):
             title = f"[{number}/{len(steps)}] {step.name}"
             marker = markers[step.name]
-            gone = missing(marker["outputs"]) if marker else []
+            gone = missing(marker.outputs) if marker else []
             if marker and not gone:
-                _refuse_changed_inputs(step, marker, state)
-                print(f"{title}: reused (made {marker['finished']} in {duration(marker['seconds'])})", flush=True)
-                timings.append(Timing(step.name, step.processes, marker["seconds"], reused=True))
+                _refuse_changed_inputs(step, markers, state)
+                print(f"{title}: reused (made {marker.finished} in {duration(marker.seconds)})", flush=True)
+                timings.append(Timing(step.name, step.processes, marker.seconds, reused=True))
                 continue
             why = f" again: {gone[0]} is missing" if gone else ""
             processes = f" on {step.processes} processes" if step.processes > 1 else ""
             print(f"{title}: {' '.join(step.verb)} {step.path}{processes}{why}", flush=True)
-            seconds = _run_step(step, config, root, state, lock)
-            print(f"{title}: done in {duration(seconds)}", flush=True)
-            timings.append(Timing(step.name, step.processes, seconds, reused=False))
+            made = markers[step.name] = _run_step(step, root, state, lock, gone)
+            print(f"{title}: done in {duration(made.seconds)}", flush=True)
+            timings.append(Timing(step.name, step.processes, made.seconds, reused=False))
         inputs = _report_inputs(config, steps, timings, time.monotonic() - start)
         path = write_report(inputs, Path(config.report.output))
         for line in score_lines(inputs):
@@ -147,11 +163,13 @@ def resolve_steps(config: schema.RecipeConfig) -> list[Step]:
 
 
 def _resolve_step(step: schema.RecipeStep, config: schema.RecipeConfig) -> Step:
-    words = shlex.split(step.verb)
+    words = step.verb.split()
     verb = " ".join(word for word in words if not word.startswith("-"))
     if verb not in SCHEMAS or verb == "recipe":
         known = ", ".join(name for name in SCHEMAS if name != "recipe")
-        raise ConfigError(f"steps: {step.name}: unknown verb {step.verb!r}; known: {known}")
+        raise ConfigError(f"step {step.name}: unknown verb {step.verb!r}; known: {known}")
+    if words != verb.split() and step.verb not in ("eval --unseen", "eval --both"):
+        raise ConfigError(f"step {step.name}: {step.verb!r}: the only options of a step are eval's --unseen and --both")
     values: dict[str, object] = {"run.root": config.run.root, "run.seed": config.run.seed}
     if config.run.threads is not None:
         values["run.threads"] = config.run.threads
@@ -159,36 +177,45 @@ def _resolve_step(step: schema.RecipeStep, config: schema.RecipeConfig) -> Step:
     values.update(flatten(config.overrides.get(step.name, {})))
     # JSON is YAML's flow style, so every value survives the way through the command line.
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items() if key]
-    resolved = load_config(step.config, overrides, SCHEMAS[verb])
+    try:
+        resolved = load_config(step.config, overrides, SCHEMAS[verb], origin="overrides")
+        check_files(resolved)
+        outputs_of(resolved)  # a result that no later step could find is refused now, not at its end
+    except ValueError as error:
+        raise ConfigError("\n".join(f"step {step.name}: {line}" for line in str(error).splitlines())) from error
     return Step(step.name, words, step.config, step.processes, overrides, resolved)
 
 
-def _run_step(step: Step, config: schema.RecipeConfig, root: Path, state: Path, lock: int) -> float:
+def _run_step(step: Step, root: Path, state: Path, lock: int, gone: Sequence[str]) -> Marker:
+    """Run it to its end and mark it as finished; `gone` are files that an earlier run had written."""
     log = root / "logs" / f"{step.name}.log"
     read = digests(inputs_of(step.config))
     result = run_child(
         step.command, environment=_environment(step), log=log, prefix=f"[{step.name}] ", keep_open=[lock]
     )
-    written = outputs_of(step.config, [word for word in step.verb if word.startswith("-")])
+    written = outputs_of(step.config, step.options)
     if result.stopped_by is not None and (result.returncode != 0 or missing(map(str, written))):
         _stop(step, result.stopped_by)
     if result.returncode != 0:
         raise RecipeError(_failure(step, result, log))
-    if not_there := missing(map(str, written)):
-        raise RecipeError(f"step {step.name} ended without writing {not_there[0]}; log: {log}")
-    marker = {
-        "step": step.name,
-        "verb": " ".join(step.verb),
-        "config": step.config.model_dump(mode="json"),
-        "inputs": read,
-        "outputs": [str(path) for path in files_below(written)],
-        "seconds": round(result.seconds, 3),
-        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-    _write_atomically(_marker_path(state, step), json.dumps(marker, indent=1))
+    if not_there := missing([*map(str, written), *gone]):
+        # A step that finds its work done writes nothing; without the directory it has to.
+        whole = next((path for path in written if path.is_dir() and Path(not_there[0]).is_relative_to(path)), None)
+        hint = f"; remove {whole} to have all of it written again" if whole else ""
+        raise RecipeError(f"step {step.name} ended without writing {not_there[0]}; log: {log}{hint}")
+    marker = Marker(
+        step=step.name,
+        verb=" ".join(step.verb),
+        config=step.config.model_dump(mode="json"),
+        inputs=read,
+        outputs=[str(path) for path in files_below(written)],
+        seconds=round(result.seconds, 3),
+        finished=time.strftime("%Y-%m-%d %H:%M:%S"),
+    )
+    _write_atomically(_marker_path(state, step.name), marker.model_dump_json(indent=1))
     if result.stopped_by is not None:  # it finished all the same
         _stop(step, result.stopped_by)
-    return result.seconds
+    return marker
 
 
 def _stop(step: Step, number: int) -> NoReturn:
@@ -248,39 +275,47 @@ def _take_lock(path: Path) -> int:
             time.sleep(0.5)
 
 
-def _marker_path(state: Path, step: Step) -> Path:
-    return state / f"{step.name}.json"
+def _marker_path(state: Path, step: str) -> Path:
+    return state / f"{step}.json"
 
 
-def _read_marker(state: Path, step: Step) -> dict[str, Any] | None:
+def _read_marker(state: Path, step: Step) -> Marker | None:
     """The marker of a finished step, checked against the configuration of now; None when the step has not finished."""
-    path = _marker_path(state, step)
+    path = _marker_path(state, step.name)
     if not path.exists():
         return None
     remedy = f"take another run.root, or remove {path} (and what the step wrote) to make it again"
     try:
-        marker: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        old = type(step.config).model_validate_json(json.dumps(marker["config"]))
-        verb = marker["verb"]
-    except (ValidationError, ValueError, KeyError) as error:
-        raise RecipeError(f"{path}: not a marker of this version ({error}); {remedy}") from error
+        marker = Marker.model_validate_json(path.read_bytes(), strict=True)
+        old = type(step.config).model_validate_json(json.dumps(marker.config))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        problem = ": ".join([*([".".join(map(str, first["loc"]))] if first["loc"] else []), first["msg"]])
+        raise RecipeError(f"{path}: not a marker of this version ({problem}); {remedy}") from error
     changed = differences(old, step.config, MAY_DIFFER)
-    if verb != " ".join(step.verb):
-        changed.insert(0, f"verb: {verb!r} -> {' '.join(step.verb)!r}")
+    if marker.verb != " ".join(step.verb):
+        changed.insert(0, f"verb: {marker.verb!r} -> {' '.join(step.verb)!r}")
     if changed:
         lines = "\n".join(f"  {line}" for line in changed)
         raise RecipeError(f"step {step.name} was made with another configuration:\n{lines}\n{remedy}")
     return marker
 
 
-def _refuse_changed_inputs(step: Step, marker: dict[str, Any], state: Path) -> None:
+def _refuse_changed_inputs(step: Step, markers: Mapping[str, Marker | None], state: Path) -> None:
+    """A changed file of another step may be restored by that step, or be meant: the message tells both ways."""
+    own = markers[step.name]
+    assert own is not None
     now = digests(inputs_of(step.config))
-    changed = sorted(key for key in {**now, **marker["inputs"]} if now.get(key) != marker["inputs"].get(key))
-    if changed:
-        raise RecipeError(
-            f"step {step.name} was made from other files: {', '.join(changed)} changed since; take another run.root, "
-            f"or remove {_marker_path(state, step)} and what the step wrote to make it again"
-        )
+    changed = sorted(key for key in {**now, **own.inputs} if now.get(key) != own.inputs.get(key))
+    if not changed:
+        return
+    remedies = ["take another run.root"]
+    for name, marker in markers.items():
+        if marker and any(Path(written).is_relative_to(key) for written in marker.outputs for key in changed):
+            remedies.append(f"remove {_marker_path(state, name)} to have step {name} write its files again")
+    remedies.append(f"remove {_marker_path(state, step.name)} and what the step wrote to make it from them as they are")
+    names = ", ".join(changed)
+    raise RecipeError(f"step {step.name} was made from other files: {names} changed since; {', or '.join(remedies)}")
 
 
 def _report_inputs(

@@ -8,6 +8,7 @@ from pathlib import Path
 from tulu_hpc.config.schema import SyntheticConfig
 from tulu_hpc.curation.synthetic.dataset import Sizes, generate
 from tulu_hpc.data.records import write_jsonl
+from tulu_hpc.stages.step_files import check_files
 from tulu_hpc.stages.tables import print_table
 
 
@@ -15,8 +16,10 @@ def run(config: SyntheticConfig) -> Path:
     """Write `output`/raw/<source>.jsonl, `output`/raw/leaks.json and `output`/eval/<set>.jsonl; return `output`.
 
     Raises:
+        ConfigError: `output` cannot be written.
         ValueError: there are not as many distinct evaluation prompts as asked for.
     """
+    check_files(config)
     section = config.synthetic
     output = Path(section.output)
     sizes = Sizes(

@@ -269,7 +269,16 @@ def _sample_section(scores: Scores, before: Path | None) -> Html:
 
 
 def _curve_sections(inputs: ReportInputs) -> list[Html]:
-    return [_curves(stage, read_metrics(path / "metrics.jsonl")) for stage, path in inputs.runs.items()]
+    return [_curves(stage, _records_of(path / "metrics.jsonl")) for stage, path in inputs.runs.items()]
+
+
+def _records_of(file: Path) -> list[dict[str, float]]:
+    records = read_metrics(file)
+    if not records:
+        raise TelemetryError(f"{file}: holds no step")
+    if lacking := next((number for number, record in enumerate(records, 1) if "step" not in record), None):
+        raise TelemetryError(f"{file}:{lacking}: not a metrics record (no step)")
+    return records
 
 
 def _curves(stage: str, records: list[dict[str, float]]) -> Html:
@@ -296,7 +305,7 @@ def _curves(stage: str, records: list[dict[str, float]]) -> Html:
     parts: list[object] = [tag("div", *(panel for panel in panels if panel), class_="plots")]
     if any(others):
         parts.append(details("other curves", tag("div", *(panel for panel in others if panel), class_="plots")))
-    last = int(records[-1]["step"]) if records else 0
+    last = int(records[-1]["step"])
     return section(f"run-{stage.lower()}", f"{stage}: training", paragraph(f"{last} steps."), *parts)
 
 

@@ -12,8 +12,9 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args, get_type_hints
 
+Relation = Literal["at least", "less than"]
 Constraint = Callable[..., bool]
 CONSTRAINTS: dict[str, Constraint] = {}
 
@@ -29,7 +30,10 @@ def constraint(instruction_id: str) -> Callable[[Constraint], Constraint]:
 
 
 def check_arguments(instruction_id: str, kwargs: dict[str, Any]) -> None:
-    """Refuse an unknown instruction, or arguments that its check does not take.
+    """Refuse an unknown instruction, or arguments that its check does not take or could not use.
+
+    The check's annotations say what fits: `int` is a count, `str` a text that is not blank, `Sequence[str]` a list of
+    at least one of these, `Literal` one of its words.
 
     Raises:
         ValueError: naming the instruction and the argument.
@@ -38,23 +42,43 @@ def check_arguments(instruction_id: str, kwargs: dict[str, Any]) -> None:
         _detect_language("")  # says at once, not at the first verdict, that the detector is missing
     if instruction_id not in CONSTRAINTS:
         raise ValueError(f"ifeval: unknown instruction {instruction_id!r}; known: {', '.join(sorted(CONSTRAINTS))}")
+    signature, types = _signature(instruction_id)
     try:
-        _signature(instruction_id).bind("", **kwargs)
+        signature.bind("", **kwargs)
     except TypeError as error:
         raise ValueError(f"ifeval: instruction {instruction_id!r}: {error}") from None
+    for name, value in kwargs.items():
+        if need := _misfit(value, types.get(name)):
+            raise ValueError(f"ifeval: instruction {instruction_id!r}: {name} is {value!r:.100}, need {need}")
 
 
 @cache
-def _signature(instruction_id: str) -> inspect.Signature:
-    return inspect.signature(CONSTRAINTS[instruction_id])
+def _signature(instruction_id: str) -> tuple[inspect.Signature, dict[str, Any]]:
+    check = CONSTRAINTS[instruction_id]
+    return inspect.signature(check), get_type_hints(check)
 
 
-def _relation(count: int, bound: int, relation: str) -> bool:
-    if relation == "at least":
-        return count >= bound
-    if relation == "less than":
-        return count < bound
-    raise ValueError(f"ifeval: unknown relation {relation!r}; known: at least, less than")
+def _misfit(value: Any, kind: Any) -> str | None:
+    """What is needed instead of the value, None where it fits."""
+    if kind is int:
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        return None if fits else "a count"
+    if kind is str:
+        return None if _is_phrase(value) else "a text that is not blank"
+    if kind == Sequence[str]:
+        fits = isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_phrase, value))
+        return None if fits else "a list of texts that are not blank, at least one"
+    if kind is Relation:
+        return None if value in get_args(Relation) else " or ".join(map(repr, get_args(Relation)))
+    return None
+
+
+def _is_phrase(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _relation(count: int, bound: int, relation: Relation) -> bool:
+    return count >= bound if relation == "at least" else count < bound
 
 
 @constraint("detectable_format:number_bullet_lists")
@@ -103,7 +127,7 @@ def forbidden_words(response: str, *, forbidden_words: Sequence[str]) -> bool:
 
 
 @constraint("keywords:frequency")
-def keyword_frequency(response: str, *, keyword: str, frequency: int, relation: str = "at least") -> bool:
+def keyword_frequency(response: str, *, keyword: str, frequency: int, relation: Relation = "at least") -> bool:
     """The keyword occurs at least, or less than, so many times."""
     return _relation(len(re.findall(re.escape(keyword), response, flags=re.IGNORECASE)), frequency, relation)
 
@@ -115,7 +139,7 @@ def no_comma(response: str) -> bool:
 
 
 @constraint("length_constraints:number_words")
-def number_words(response: str, *, num_words: int, relation: str = "at least") -> bool:
+def number_words(response: str, *, num_words: int, relation: Relation = "at least") -> bool:
     """At least, or less than, so many words (runs of word characters)."""
     return _relation(len(re.findall(r"\w+", response)), num_words, relation)
 
@@ -140,7 +164,7 @@ def json_format(response: str) -> bool:
         text = text.removeprefix(fence)
     try:
         json.loads(text.removesuffix("```").strip())
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from tulu_hpc.verifiers.registry import Verdict, register
@@ -13,6 +13,8 @@ _DIGIT_COMMA = re.compile(r"(\d),(\d)")
 _COMPAT_NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
 # A sign counts unless it stands right behind an operand: "12-5" ends in 5, "it is -5" in -5.
 _NUMBER = re.compile(r"(?:(?<![\w.)\]])[-+])?(?:\d+(?:\.\d+)?|\.\d+)")
+# A ground truth as a whole; commas stand before groups of three digits only. Decimal itself takes "nan" and "1_0".
+_TRUTH = re.compile(r"\$?([-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?)", re.ASCII)
 
 
 def last_number(text: str) -> Decimal | None:
@@ -43,10 +45,16 @@ def _strip_separators(text: str) -> str:
 
 
 def _number(truth: Any) -> Decimal:
-    try:
-        return Decimal(_strip_separators(str(truth)).strip().removeprefix("$"))
-    except InvalidOperation:
-        raise ValueError(f"gsm8k: ground truth {truth!r:.100} is not a number") from None
+    _require_truth(truth)
+    found = _TRUTH.fullmatch(str(truth).strip())
+    if found is None:
+        raise ValueError(f"gsm8k: ground truth {truth!r:.100} is not a number")
+    return Decimal(found[1].replace(",", ""))
+
+
+def _require_truth(truth: Any) -> None:
+    if truth is None:
+        raise ValueError("gsm8k: the ground truth is null")
 
 
 def _check(truth: Any) -> None:
@@ -62,12 +70,13 @@ def verify_gsm8k(completion: str, truth: Any, record: Mapping[str, Any]) -> Verd
     return Verdict(float(given == wanted), f"answer {given}, expected {wanted}")
 
 
-@register("gsm8k", rules=["tulu3-compat"])
+@register("gsm8k", rules=["tulu3-compat"], check=_require_truth)
 def verify_gsm8k_compat(completion: str, truth: Any, record: Mapping[str, Any]) -> Verdict:
     """The rule of the paper's code: string equality with the last match of `[-+]?\\d*\\.\\d+|\\d+`.
 
     Its effects are kept: an integer loses its sign, 7.0 is not 7, an answer without a number is compared as a whole.
     """
+    _require_truth(truth)
     found = _COMPAT_NUMBER.findall(_strip_separators(completion.strip()))
     given = found[-1] if found else completion.strip()
     return Verdict(float(given.lower() == str(truth).lower()), f"answer {given!r:.60}, expected {truth}")

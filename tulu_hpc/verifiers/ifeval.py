@@ -37,7 +37,7 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, str]]] = {
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -70,16 +70,21 @@ def parse_instructions(truth: Any) -> list[Instruction]:
     truth = _mapping(truth)
     if "func_name" in truth:
         name, given = _function(truth)
-        if name not in _FUNCTIONS:
-            raise ValueError(f"ifeval: unknown func_name {name!r}; known: {', '.join(sorted(_FUNCTIONS))}")
+        if not isinstance(name, str) or name not in _FUNCTIONS:
+            raise ValueError(f"ifeval: unknown func_name {name!r:.100}; known: {', '.join(sorted(_FUNCTIONS))}")
         instruction_id, names = _FUNCTIONS[name]
         # The data carries the arguments of all functions in each row, null or stale: only those of this one are read.
         instructions = [(instruction_id, {ours: given[theirs] for theirs, ours in names.items() if theirs in given})]
     else:
         ids = truth.get("instruction_id", truth.get("instruction_id_list"))
-        if not isinstance(ids, list) or not ids:
-            raise ValueError(f"ifeval: a ground truth needs func_name or a list instruction_id, got {sorted(truth)}")
-        kwargs = truth.get("kwargs") or [None] * len(ids)
+        if not isinstance(ids, list) or not ids or not all(isinstance(name, str) for name in ids):
+            got = f"{ids!r:.100}" if ids is not None else f"only {sorted(map(str, truth))}"
+            raise ValueError(f"ifeval: a ground truth needs func_name or a list of names instruction_id, got {got}")
+        kwargs = truth.get("kwargs")
+        if kwargs is None:
+            kwargs = [None] * len(ids)
+        if not isinstance(kwargs, list) or not all(given is None or isinstance(given, Mapping) for given in kwargs):
+            raise ValueError(f"ifeval: kwargs must be a list of mappings or null, got {kwargs!r:.100}")
         if len(kwargs) != len(ids):
             raise ValueError(f"ifeval: {len(ids)} instructions but {len(kwargs)} kwargs")
         instructions = [
@@ -116,6 +121,8 @@ def _mapping(truth: Any) -> Mapping[str, Any]:
             truth = json.loads(truth)
         except ValueError as error:
             raise ValueError(f"ifeval: ground truth is not JSON ({error}): {truth!r:.100}") from None
+        except RecursionError:
+            raise ValueError(f"ifeval: ground truth is nested too deeply: {truth!r:.100}") from None
     if not isinstance(truth, Mapping):
         raise ValueError(f"ifeval: ground truth must be a mapping, got {truth!r:.100}")
     return truth

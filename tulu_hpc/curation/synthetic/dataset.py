@@ -142,6 +142,8 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 def _plant_leaks(data: SyntheticData, evals: dict[str, list[Task]], sizes: Sizes, rng: Random) -> None:
     """Put evaluation prompts, some of them edited, at random places of the sources; sources and edits take turns."""
+    planted: dict[str, list[dict[str, Any]]] = {source: [] for source in SOURCES}
+    places: dict[str, list[int]] = {source: [] for source in SOURCES}
     for number in range(sizes.leaks):
         source = SOURCES[number % len(SOURCES)]
         fitting = {"sft_math": ("math_dev", "math_unseen"), "sft_instructions": ("if_dev", "if_unseen")}
@@ -151,13 +153,39 @@ def _plant_leaks(data: SyntheticData, evals: dict[str, list[Task]], sizes: Sizes
         row = sft_row(task, rng, sizes) if source.startswith("sft") else rlvr_row(task)
         edit = EDITS[(number // len(SOURCES)) % len(EDITS)]
         row["messages"][0]["content"] = _edit(prompt_of(task), edit, rng)
-        rows = data.sources[source]
-        line = rng.randint(1, len(rows) + 1)
-        rows.insert(line - 1, row)
-        for leak in data.leaks:  # leaks planted earlier in this file may have moved down
-            if leak["source"] == source and leak["line"] >= line:
-                leak["line"] += 1
-        data.leaks.append({"source": source, "line": line, "eval": name, "eval_row": index, "edit": edit})
+        places[source].append(rng.randint(1, len(data.sources[source]) + len(planted[source]) + 1))
+        planted[source].append(row)
+        data.leaks.append({"source": source, "line": 0, "eval": name, "eval_row": index, "edit": edit})
+    for source, rows in data.sources.items():
+        lines = _final_lines(places[source], len(rows))
+        for leak, line in zip((leak for leak in data.leaks if leak["source"] == source), lines, strict=True):
+            leak["line"] = line
+        planted_at, others = dict(zip(lines, planted[source], strict=True)), iter(rows)
+        total = len(rows) + len(lines)
+        data.sources[source] = [planted_at[n] if n in planted_at else next(others) for n in range(1, total + 1)]
+
+
+def _final_lines(places: list[int], rows: int) -> list[int]:
+    """The lines that insertions end up on: each was put at its place (from 1) of the file as the earlier ones left it.
+
+    From the last one back, an insertion is on the `place`-th line that no later one has. A Fenwick tree counts the
+    free lines, so a place takes a logarithm and no line is moved.
+    """
+    total = rows + len(places)
+    free = [n & -n for n in range(total + 1)]  # free[n]: free lines among the n & -n that end at line n
+    lines = []
+    for place in reversed(places):
+        line, step = 0, 1 << total.bit_length()
+        while step := step >> 1:
+            if line + step <= total and free[line + step] < place:
+                line += step
+                place -= free[line]
+        lines.append(line + 1)
+        taken = line + 1
+        while taken <= total:
+            free[taken] -= 1
+            taken += taken & -taken
+    return lines[::-1]
 
 
 def _edit(text: str, edit: str, rng: Random) -> str:
