@@ -206,9 +206,16 @@ def test_finished_run_says_so(inputs: Path, tmp_path: Path) -> None:
     assert wait_all(start_forked("sft", tmp_path / "whole.yaml", log)) == [0] * RANKS
     assert log.read_text().count("nothing to do") == 1
     assert outcome(tmp_path / "whole") == wanted
-    shutil.rmtree(tmp_path / "whole" / "hf")  # an export that is gone is made again from the last checkpoint
-    assert wait_all(start_forked("sft", tmp_path / "whole.yaml", log)) == [0] * RANKS
-    assert outcome(tmp_path / "whole") == wanted
+    # An export that is gone, or a part of it, is made again from the last checkpoint.
+    for spoil in (
+        shutil.rmtree,
+        lambda hf: (hf / "model.safetensors").unlink(),
+        lambda hf: (hf / "tokenizer.json").unlink(),
+    ):
+        spoil(tmp_path / "whole" / "hf")
+        assert wait_all(start_forked("sft", tmp_path / "whole.yaml", log)) == [0] * RANKS
+        assert outcome(tmp_path / "whole") == wanted
+        assert (tmp_path / "whole" / "hf" / "tokenizer.json").is_file()
 
 
 def test_export_carries_the_template_it_was_trained_with(inputs: Path, tmp_path: Path) -> None:

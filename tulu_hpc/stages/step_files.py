@@ -16,9 +16,8 @@ from tulu_hpc.config import schema
 from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.curation.synthetic.dataset import EVALS, SOURCES
 
-_HASHED_BYTES = (
-    256 * 2**20
-)  # a larger file is known by size and time of change: hashing 800 GB takes longer than it saves
+# A larger file is known by size and time of change: hashing 800 GB takes longer than it saves.
+_HASHED_BYTES = 256 * 2**20
 # What a model directory of ours holds; a directory with anything else in it is not replaced.
 _MODEL_FILES = (
     *("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.jinja"),

@@ -53,12 +53,18 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether an earlier start completed this run and its export is still there (the same answer on every rank)."""
-        needed = [self.directory.root / FINISHED]
-        if self.config.train.export_hf:
-            needed.append(self.directory.hf / "config.json")
-        there = all(file.is_file() for file in needed) if self.groups.is_main else None
+        """Whether an earlier start completed this run and its whole export is still there (the same on every rank)."""
+        there = self._is_finished() if self.groups.is_main else None
         return bool(self.groups.broadcast_object(there))
+
+    def _is_finished(self) -> bool:
+        mark = self.directory.root / FINISHED
+        if not mark.is_file():
+            return False
+        exported = json.loads(mark.read_text())["exported"]
+        if self.config.train.export_hf and not exported:
+            return False
+        return all((self.directory.hf / name).is_file() for name in exported)
 
     def already_finished(self) -> Path:
         """Say that there is nothing to do; the run directory."""
@@ -232,7 +238,11 @@ def finish(run: Run, trainer: Trainer) -> Path:
             chat_template=exported_template(config) if run.groups.is_main else None,
         )
     if run.groups.is_main:
-        (run.directory.root / FINISHED).write_text(json.dumps({"step": trainer.step}) + "\n")
+        exported = sorted(file.name for file in run.directory.hf.iterdir()) if config.train.export_hf else []
+        mark = run.directory.root / FINISHED
+        partial = mark.with_suffix(".partial")
+        partial.write_text(json.dumps({"step": trainer.step, "exported": exported}) + "\n")
+        partial.replace(mark)
     run.groups.barrier()
     run.say(f"finished {trainer.step} steps: {run.directory.root}")
     return run.directory.root
