@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tulu_hpc.config.architecture import Architecture
-from tulu_hpc.config.schema import ModelSection, OptimizerSection, ParallelSection
+from tulu_hpc.config.sections import ModelSection, OptimizerSection, ParallelSection
 from tulu_hpc.data.packed_batch import Item, TokenSequence, pack
 from tulu_hpc.models.build import Recompute
 from tulu_hpc.objectives.sft import sft_terms

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from tests.parallel.forked import run_forked, single_process
 from tests.training import tiny
 from tulu_hpc.config.architecture import Architecture
-from tulu_hpc.config.schema import ModelSection, ParallelSection
+from tulu_hpc.config.sections import ModelSection, ParallelSection
 from tulu_hpc.data.loader import pack_items
 from tulu_hpc.data.packed_batch import Item, PackedBatch, TokenSequence
 from tulu_hpc.models.initialise import random_hf_model

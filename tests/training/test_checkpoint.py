@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.parallel.forked import run_forked, single_process
 from tests.training import tiny
-from tulu_hpc.config.schema import ParallelSection
+from tulu_hpc.config.sections import ParallelSection
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
 from tulu_hpc.training import checkpoint
 from tulu_hpc.training import optimizer as repairs

@@ -12,7 +12,7 @@ import pytest
 
 from tests.parallel.forked import run_forked
 from tests.training import tiny
-from tulu_hpc.config.schema import ParallelSection
+from tulu_hpc.config.sections import ParallelSection
 
 STEPS = ["spgspsgp", "sppsgs", "ggpsspss"]
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {

@@ -12,7 +12,7 @@ from megatron.core.optimizer import distrib_optimizer
 
 from tests.parallel.forked import single_process
 from tests.training import tiny
-from tulu_hpc.config.schema import ParallelSection
+from tulu_hpc.config.sections import ParallelSection
 from tulu_hpc.training.optimizer import optimizer_step, torch_optimizers, unshare_steps
 
 

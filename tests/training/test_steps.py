@@ -12,7 +12,7 @@ import torch
 from tests.parallel.forked import run_forked, single_process
 from tests.training import tiny
 from tulu_hpc.config.architecture import Architecture
-from tulu_hpc.config.schema import ModelSection, OptimizerSection, ParallelSection
+from tulu_hpc.config.sections import ModelSection, OptimizerSection, ParallelSection
 from tulu_hpc.data.packed_batch import Item, pack
 from tulu_hpc.objectives.terms import Terms
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of

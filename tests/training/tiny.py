@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tulu_hpc.config.architecture import Architecture
-from tulu_hpc.config.schema import ModelSection, OptimizerSection, ParallelSection
+from tulu_hpc.config.sections import ModelSection, OptimizerSection, ParallelSection
 from tulu_hpc.data.loader import ItemLoader, StepData
 from tulu_hpc.data.packed_batch import MEMBER, SEQUENCE, Item, PackedBatch, TokenSequence
 from tulu_hpc.models.convert import iter_hf_tensors

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tulu_hpc.config.schema import RunSection
+from tulu_hpc.config.sections import RunSection
 
 Config = TypeVar("Config", bound=BaseModel)
 

@@ -15,7 +15,7 @@ from typing import Protocol
 from pydantic import BaseModel
 
 from tulu_hpc.config.loader import ConfigError, dump_yaml, flatten, load_config
-from tulu_hpc.config.schema import RunSection
+from tulu_hpc.config.sections import RunSection
 
 RESOLVED_CONFIG = "config.resolved.yaml"
 

@@ -14,7 +14,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from tulu_hpc.config.schema import ParallelSection
+from tulu_hpc.config.sections import ParallelSection
 from tulu_hpc.parallel.device import default_backend, default_device
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.run_directory import RESOLVED_CONFIG
-from tulu_hpc.config.schema import ModelSection, ParallelSection, RunSection
+from tulu_hpc.config.sections import ModelSection, ParallelSection, RunSection
 from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
 from tulu_hpc.stages.training_run import read_architecture

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.loader import ConfigError
-from tulu_hpc.config.schema import DataSection, RolloutSection, VerifierSection
+from tulu_hpc.config.sections import DataSection, RolloutSection, VerifierSection
 from tulu_hpc.data.chat_template import ChatTemplate
 from tulu_hpc.data.datasets import Counted, Prompt, rlvr_prompts
 from tulu_hpc.data.records import RlvrRecord, read_records

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.run_directory import RunDirectory
-from tulu_hpc.config.schema import DpoConfig, ModelSection, RlvrConfig, RlvrTrainSection, SftConfig, TrainSection
+from tulu_hpc.config.schema import DpoConfig, RlvrConfig, SftConfig
+from tulu_hpc.config.sections import ModelSection, RlvrTrainSection, TrainSection
 from tulu_hpc.data.chat_template import ChatTemplate
 from tulu_hpc.data.datasets import preference_items, sft_items
 from tulu_hpc.data.loader import ItemLoader, StepData

@@ -33,7 +33,7 @@ from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megat
 from megatron.core.optimizer import distrib_optimizer as megatron_distributed
 from torch import Tensor
 
-from tulu_hpc.config.schema import OptimizerSection
+from tulu_hpc.config.sections import OptimizerSection
 from tulu_hpc.parallel.layout import Groups
 
 MEGATRON_SHARDED_STATE = megatron_distributed.DistributedOptimizer.sharded_param_state_fully_reshardable

@@ -13,7 +13,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from torch import nn
 
 from tulu_hpc.config.architecture import Architecture
-from tulu_hpc.config.schema import ModelSection, OptimizerSection, ParallelSection
+from tulu_hpc.config.sections import ModelSection, OptimizerSection, ParallelSection
 from tulu_hpc.models.build import build_model
 from tulu_hpc.models.convert import load_hf
 from tulu_hpc.parallel.device import default_device

@@ -1,0 +1,180 @@
+"""Sections of the configuration that several verbs share: the run, the model, training, data, rollouts, verifiers."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from tulu_hpc.config.architecture import Architecture
+
+
+class Section(BaseModel):
+    """Base of all configuration sections."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+
+def _file_name(name: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", name) or not name.strip("."):
+        raise ValueError(f"{name!r} becomes a file name: letters, digits, '_', '-' and '.' only, and not dots alone")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class RunSection(Section):
+    name: str = Field(default="run", description="Shown in logs and reports.")
+    root: str = Field(default="runs", description="Replaces `{root}` in every path of this file.")
+    dir: str | None = Field(
+        default=None,
+        description="Run directory (sft, dpo, rlvr); resumed if it holds a checkpoint. Empty: a new one under {root}.",
+    )
+    seed: int = 0
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads per process; empty: cores / local processes."
+    )
+    deterministic: bool = Field(default=True, description="Refuse non-deterministic kernels.")
+    gpus: int | None = Field(
+        default=None,
+        ge=1,
+        description="GPUs that this file is meant for: what `plan` counts with. Training does not ask.",
+    )
+    distributed_timeout_minutes: float = Field(default=30.0, gt=0)
+
+
+class ModelSection(Section):
+    path: str = Field(description="Hugging Face directory: config.json, safetensors, tokenizer.")
+    architecture: Architecture | None = Field(
+        default=None,
+        description="Expected shape; checked against config.json, used by `plan` where no file is at hand.",
+    )
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    vocab_multiple: int = Field(
+        default=1, ge=1, description="Vocabulary rows are padded to a multiple of this times parallel.tensor."
+    )
+    logprob_buffer_mib: int = Field(default=256, ge=1, description="Largest buffer of logits that may exist at once.")
+    attention_strategy: Literal["repeat", "merge"] | None = Field(
+        default=None, description="Prefix attention: K/V repeated per response, or two calls merged; empty: by cost."
+    )
+
+
+class ParallelSection(Section):
+    tensor: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1)
+    virtual_pipeline: int | None = Field(default=None, ge=2, description="Model chunks per pipeline stage.")
+    context: int = Field(default=1, ge=1)
+    sequence: bool | None = Field(default=None, description="Sequence parallelism; empty: on when tensor > 1.")
+    context_split: Literal["greedy", "contiguous", "zigzag"] = "greedy"
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    account_for_embedding_in_pipeline_split: bool = False
+    account_for_loss_in_pipeline_split: bool = False
+
+    @model_validator(mode="after")
+    def _overlap(self) -> Self:
+        if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
+            raise ValueError("overlap_param_gather needs distributed_optimizer and overlap_grad_reduce")
+        return self
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.tensor > 1 if self.sequence is None else self.sequence
+
+    @property
+    def model_parallel(self) -> int:
+        """Processes of one data-parallel replica."""
+        return self.tensor * self.pipeline * self.context
+
+
+class OptimizerSection(Section):
+    lr: float = Field(gt=0)
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="Each at least 0 and below 1.")
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_grad: float = Field(default=1.0, ge=0, description="Global gradient norm; 0 switches clipping off.")
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = Field(default=0.0, ge=0, le=1, description="Share of all steps.")
+    final_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="lr at the last step / lr.")
+    gradient_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Of the gradient buffers; bfloat16 needs model.dtype bfloat16."
+    )
+
+
+class LoopSection(Section):
+    """What the training loops of all stages have in common."""
+
+    pack_rows: int = Field(default=4096, ge=1, description="Most rows of a pack; a pack is one micro-batch.")
+    prefix_sharing: bool = True
+    recompute: Literal["none", "selective", "full"] = "none"
+    log_every: int = Field(default=1, ge=1)
+    save_every: int | None = Field(default=None, ge=1, description="Steps between checkpoints; empty: only the last.")
+    keep_last: int = Field(default=2, ge=1)
+    export_hf: bool = Field(default=True, description="Write {run.dir}/hf at the end.")
+
+
+class TrainSection(LoopSection):
+    steps: int | None = Field(
+        default=None, ge=1, description="Stop after this many steps (the schedule ends there too)."
+    )
+    epochs: float | None = Field(default=None, gt=0)
+    global_batch_size: int = Field(
+        ge=1, description="Sequences (SFT) or pairs (DPO) per optimizer step, all ranks together."
+    )
+
+    @model_validator(mode="after")
+    def _length(self) -> Self:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("give train.steps or train.epochs")
+        return self
+
+
+class RlvrTrainSection(LoopSection):
+    """As `train`, without the batch size: `rlvr` has its own in prompts and samples."""
+
+    steps: int = Field(ge=1, description="Rollout steps.")
+
+
+class DataSection(Section):
+    path: list[str] = Field(min_length=1, description="JSONL or Parquet files, or Hugging Face dataset ids.")
+    max_length: int = Field(default=4096, ge=2, description="Tokens of a sequence; what is longer is cut at the end.")
+    chat_template: str = Field(default="tulu", description="`tulu`, `tokenizer` (its own), or a Jinja file.")
+    on_error: Literal["raise", "skip"] = "raise"
+    shuffle: bool = True
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _one_path(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+
+class TelemetrySection(Section):
+    tensorboard: bool = True
+    wandb: bool = False
+
+
+class RolloutSection(Section):
+    engine: Literal["embedded"] = "embedded"
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(default=2048, ge=1)
+    max_sequences: int = Field(default=256, ge=1, description="Sequences decoded together on one model replica.")
+    stop: list[str] = Field(default_factory=list, description="Strings that end a completion, beside end-of-text.")
+
+
+class VerifierSection(Section):
+    workers: int = Field(default=1, ge=1)
+    timeout_seconds: float = Field(
+        default=5.0, gt=0, description="Wall clock of one verdict; the worker is killed beyond it."
+    )
+    rules: Literal["fixed", "tulu3-compat"] = Field(
+        default="fixed", description="`tulu3-compat` scores as the code behind the paper did, its mistakes included."
+    )
+    modules: list[str] = Field(default_factory=list, description="Python modules that register further verifiers.")
+    max_lost_share: float = Field(
+        default=0.5, gt=0, le=1, description="Stop when more of a step's (or suite's) verdicts than this are lost."
+    )
