@@ -12,12 +12,13 @@ NATIVE := $(wildcard csrc/*/*) CMakeLists.txt setup.py pyproject.toml $(CONSTRAI
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install quickstart test lint bench clean
+.PHONY: help install quickstart test lint bench sanitize clean
 help:
 	@echo "make quickstart   install and run the whole recipe on CPU (SEED=0); prints where the report is"
 	@echo "make test         ruff, mypy and pytest"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        kernel and peer benchmarks at CPU sizes"
+	@echo "make sanitize     the C++ kernels under AddressSanitizer"
 	@echo "make clean        remove builds and caches (runs/ stays)"
 
 $(VENV)/.python:
@@ -52,6 +53,9 @@ bench: $(VENV)/.test-installed
 	$(BIN)/tulu-hpc bench packed_attention --quick
 	$(BIN)/python benchmarks/peers/trl_sft.py
 	$(BIN)/python benchmarks/peers/trl_dpo.py
+
+sanitize: $(VENV)/.test-installed
+	PYTHON=$(abspath $(BIN)/python) tests/sanitizers/address.sh
 
 clean:
 	rm -rf build dist *.egg-info kernels/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
