@@ -42,7 +42,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) 
     """out [T, N, D] and log-sum-exp [T, N] in fp32; the tensors are contiguous."""
     from tulu_hpc.kernels.packed_attention import triton_kernels
 
-    sizes = tiles(plan.head_dim, q.dtype)
+    sizes = tiles(plan.head_dim, q.dtype, plan.key_order is not None)
     table = tables(plan, sizes)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     grid = (table.forward.shape[0], plan.heads)
@@ -61,7 +61,7 @@ def backward(
     """Gradients of q, k, v, the same bits in every run; any output and log-sum-exp may be given."""
     from tulu_hpc.kernels.packed_attention import triton_kernels
 
-    sizes = tiles(plan.head_dim, q.dtype)
+    sizes = tiles(plan.head_dim, q.dtype, plan.key_order is not None)
     table = tables(plan, sizes)
     key_rows = _key_rows(table.key_rows, table.parts)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

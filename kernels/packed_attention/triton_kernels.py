@@ -328,8 +328,9 @@ def ahead_of_time() -> list[Case]:
     pointers = dict.fromkeys(("q", "k", "v", "out"), "*bf16")
     numbers = {"heads": "i32", "kv_heads": "i32", "scale": "fp32"}
     found = []
-    for head_dim in (64, 128, 256):
-        sizes = tiles(head_dim, torch.bfloat16)
+    for head_dim, permuted in itertools.product((64, 128, 256), (False, True)):
+        sizes = tiles(head_dim, torch.bfloat16, permuted)
+        group = 8 if permuted else 4  # the ratio is a loop bound, both in one go
         kernels = {
             "forward": (
                 forward_kernel,
@@ -351,23 +352,22 @@ def ahead_of_time() -> list[Case]:
             ),
         }
         for name, (kernel, tile, signature) in kernels.items():
-            passes = sizes.key_passes if name == "key_gradient" else [{}]
-            for what, (group, permuted) in itertools.product(passes, ((4, False), (8, False), (8, True))):
-                constants = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_M": tile.queries}
-                one = "" if len(passes) == 1 else "_dk" if what["OF_KEYS"] else "_dv"
+            for what in sizes.key_passes if name == "key_gradient" else [{}]:
+                one = "" if len(what) == 0 or all(what.values()) else "_dk" if what["OF_KEYS"] else "_dv"
                 found.append(
                     Case(
                         f"packed_attention/{name}{one}/d{head_dim}_g{group}{'_permuted' if permuted else ''}",
                         kernel,
                         signature,
-                        {**constants, "BLOCK_N": tile.keys, "PERMUTED": permuted, **what},
+                        {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_M": tile.queries}
+                        | {"BLOCK_N": tile.keys, "PERMUTED": permuted, **what},
                         num_warps=tile.num_warps,
                         num_stages=tile.num_stages,
                         aligned=[name for name, kind in signature.items() if kind.startswith("*")],
                         tensor_core=True,
                     )
                 )
-    return found + _small_cases(tiles(128, torch.bfloat16).key_gradient.keys)
+    return found + _small_cases(tiles(128, torch.bfloat16, True).key_gradient.keys)
 
 
 def _small_cases(block_n: int) -> list[Case]:

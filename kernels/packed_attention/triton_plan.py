@@ -53,8 +53,11 @@ class Tiles(NamedTuple):
         return [{"OF_KEYS": True, "OF_VALUES": True}]
 
 
-def tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
-    """Sizes without register spills on sm_80, sm_90 and sm_100 (the ahead-of-time gate compiles them)."""
+def tiles(head_dim: int, dtype: torch.dtype, permuted: bool) -> Tiles:
+    """Sizes without register spills on sm_80, sm_90 and sm_100 (the ahead-of-time gate compiles them).
+
+    permuted: key rows are looked up in a table, which costs registers.
+    """
     if dtype == torch.float32:  # products without tensor cores, operands twice as wide
         if head_dim > 128:
             return Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), True)
@@ -62,8 +65,8 @@ def tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     if head_dim > 128:
         return Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), True)
     if head_dim > 64:
-        return Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2))
-    return Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))
+        return Tiles(Tile(64 if permuted else 128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2))
+    return Tiles(Tile(128, 64 if permuted else 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))
 
 
 @dataclass
