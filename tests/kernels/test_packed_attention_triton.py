@@ -94,7 +94,7 @@ def packs(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, int]]]:
 
 
 @pytest.mark.usefixtures("small_tiles")
-@settings(max_examples=6, deadline=None, derandomize=True, database=None)
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(
     pack=packs(),
     heads=st.sampled_from([(1, 1), (3, 1), (2, 2)]),
