@@ -49,7 +49,7 @@ def measure(
         inputs = [q.clone().requires_grad_(), k.clone().requires_grad_()]
         out = run(*inputs)
         backward = best_milliseconds(partial(torch.autograd.grad, out, inputs, (q, k), retain_graph=True), device)
-        line: Line = {"rows": rows, "heads": f"{heads}/{kv_heads}x{head_dim}", "backend": backend}
+        line: dict[str, Any] = {"rows": rows, "heads": f"{heads}/{kv_heads}x{head_dim}", "backend": backend}
         line |= {"forward_ms": forward, "backward_ms": backward, "copy_ms": copy, "GB/s": 1e-6 * moved / forward}
         line["of_copy"] = copy / forward
         line["error"] = float((found.double() - want).abs().max() / want.abs().max())
