@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from tulu_hpc.kernels.packed_attention.cpu import merge
+from tulu_hpc.kernels.packed_attention.parts import merge, sum_copies
 from tulu_hpc.kernels.packed_attention.plan import AttentionPlan, VarlenCall
 from tulu_hpc.kernels.registry import USABLE
 
@@ -38,19 +38,27 @@ def status() -> str:
     return USABLE if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
+def refusal(dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why this backend does not take such tensors, None if it does."""
+    if dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256:
+        return None
+    return f"takes bfloat16 or float16 with a head dim that is a multiple of 8 up to 256, got {dtype} with {head_dim}"
+
+
 def _keys(x: Tensor, call: VarlenCall) -> Tensor:
     return x[call.key_start : call.key_stop] if call.key_index is None else x.index_select(0, call.key_index)
 
 
-def _add_keys(total: Tensor, part: Tensor, call: VarlenCall) -> None:
-    """Adds gradients of keys, in fp32 and in the plan's order: no atomics, the same bits in every run."""
+def _key_gradient(total: Tensor | None, part: Tensor, call: VarlenCall, alone: bool) -> Tensor:
+    """total + the gradients of the call's keys, in fp32 and in the plan's order; `alone`: the only call of the plan."""
     if call.key_index is None:
+        assert total is not None
         total[call.key_start : call.key_stop] += part
-        return
-    assert call.copy_order is not None and call.copy_counts is not None
-    ordered = part.index_select(0, call.copy_order).float()
-    # unsafe: the counts are the plan's own; checking them would wait for the device in every layer.
-    total += torch.segment_reduce(ordered, "sum", lengths=call.copy_counts, axis=0, unsafe=True)
+        return total
+    assert call.copy_order is not None and call.copy_offsets is not None
+    # The sum is in fp32 either way; the only call's is rounded at once.
+    added = sum_copies(part, call.copy_order, call.copy_offsets, part.dtype if alone else torch.float32)
+    return added if total is None else total.add_(added)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
@@ -75,7 +83,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) 
         if number == 0:
             out[rows], lse[rows] = part_out, part_lse.t()
         else:
-            merge(out[rows], lse[rows], part_out, part_lse.t(), slice(None))
+            merge(out[rows], lse[rows], part_out, part_lse.t())
     return out, lse
 
 
@@ -83,7 +91,11 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: AttentionPlan, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v; sums over calls and copies in fp32."""
-    dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
+    alone = len(plan.calls) == 1
+    zeros = lambda x: torch.zeros(x.shape, dtype=torch.float32, device=x.device)  # noqa: E731
+    dq = zeros(q)
+    direct = alone and plan.calls[0].key_index is not None
+    dk, dv = (None, None) if direct else (zeros(k), zeros(v))
     rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty(0, device=q.device)
     for call in plan.calls:
@@ -106,6 +118,7 @@ def backward(
             scale=scale,
         )
         dq[rows] += part_dq
-        _add_keys(dk, part_dk, call)
-        _add_keys(dv, part_dv, call)
+        dk = _key_gradient(dk, part_dk, call, alone)
+        dv = _key_gradient(dv, part_dv, call, alone)
+    assert dk is not None and dv is not None
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

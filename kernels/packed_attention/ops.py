@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tulu_hpc.kernels.packed_attention import cpu, flash, reference
+from tulu_hpc.kernels import triton_support
+from tulu_hpc.kernels.packed_attention import cpu, flash, reference, triton_backend
 from tulu_hpc.kernels.packed_attention.plan import AttentionPlan, plan_of
+from tulu_hpc.kernels.packed_attention.select import default, refusal
 from tulu_hpc.kernels.registry import USABLE, BackendError, choose, record, register
 
 OP = "packed_attention"
-_BACKENDS = {"reference": reference, "cpu": cpu, "flash": flash}
-register(OP, {"reference": lambda: USABLE, "cpu": cpu.status, "flash": flash.status})
+_BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton_backend, "flash": flash}
+register(OP, {"reference": lambda: USABLE, "cpu": cpu.status, "triton": triton_support.status, "flash": flash.status})
 
 
 def packed_attention(
@@ -35,8 +37,9 @@ def packed_attention(
         k_MND, v_MND: [M, Nk, D], all rows of the pack (in the plan's key order).
         plan: from `plan_attention`, for these sizes and this device.
         scale: of the scores; default D ** -0.5.
-        backend: "reference" (dense mask), "cpu" or "flash"; None chooses by device, and "reference" for what flash
-            does not take on CUDA (fp32 and fp64, unusual head dims): right, but with a [N, T, M] score matrix.
+        backend: "reference" (dense mask), "cpu", "triton" or "flash"; None chooses by device: "cpu" on CPU; on CUDA
+            "flash", "triton" for what flash does not take (fp32, unusual head dims), and "reference" for what neither
+            takes (fp64): right, but with a [N, T, M] score matrix. `plan.describe()` says which and why.
 
     Returns:
         [T, N, D] in the dtype of q.
@@ -57,37 +60,31 @@ def packed_attention(
             raise ValueError(f"{label} is {x.dtype}, q is {q_TND.dtype}")
         if x.device.type != plan.device.type:
             raise ValueError(f"{label} is on {x.device}, the plan is for {plan.device}")
-    if name != "reference" and (name == "flash") != q_TND.is_cuda:
-        raise BackendError(f"{OP}: backend {name!r} cannot run on tensors of device {q_TND.device}")
-    if name == "flash" and not _flash_takes(q_TND):
-        raise BackendError(
-            f"{OP}: backend 'flash' takes bfloat16 or float16 with a head dim that is a multiple of 8 up to 256, got "
-            f"{q_TND.dtype} with {plan.head_dim}; backend='reference' takes all"
-        )
+    reason = refusal(name, q_TND.device.type, q_TND.dtype, plan.head_dim)
+    if reason is not None:
+        raise BackendError(f"{OP}: backend {name!r} {reason}; backend='reference' takes all")
     scale = plan.head_dim**-0.5 if scale is None else scale
     return torch.ops.tulu_hpc.packed_attention(q_TND, k_MND, v_MND, plan.handle, scale, name)[0]
 
 
-def _flash_takes(q_TND: Tensor) -> bool:
-    return q_TND.dtype in (torch.bfloat16, torch.float16) and q_TND.shape[-1] % 8 == 0 and q_TND.shape[-1] <= 256
+@torch.compiler.assume_constant_result
+def _default_choice(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    choice = default(device_type, dtype, head_dim)
+    if choice.warn:
+        _say_dense(choice.reason)
+    return choice.backend
 
 
 def _default_backend(q_TND: Tensor) -> str:
-    if not q_TND.is_cuda:
-        return "cpu"
-    if _flash_takes(q_TND):
-        return "flash"
-    _say_dense(q_TND.dtype, q_TND.shape[-1])
-    return "reference"
+    return _default_choice(q_TND.device.type, q_TND.dtype, q_TND.shape[-1])
 
 
 @functools.cache
-def _say_dense(dtype: torch.dtype, head_dim: int) -> None:
-    """Once per kind of input: the dense route is exact, but nobody should train on it without knowing."""
+def _say_dense(reason: str) -> None:
+    """Once per reason: the dense route is exact, but nobody should train on it without knowing."""
     warnings.warn(
-        f"{OP}: flash attention takes neither {dtype} nor every head dim (here {head_dim}); the dense reference runs "
-        "instead, with a score matrix per head. Use bfloat16 for speed.",
-        stacklevel=3,
+        f"{OP}: the dense reference runs, with a score matrix per head, because {reason}. Use bfloat16 for speed.",
+        stacklevel=4,
     )
 
 

@@ -13,6 +13,7 @@ variable-length flash calls, in which the last query of an entry sees its last k
 """
 
 import itertools
+import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,8 +23,10 @@ import torch
 from torch import Tensor
 
 from tulu_hpc.kernels.packed_attention.padded import PaddedBatch, pad_entries
+from tulu_hpc.kernels.packed_attention.triton_plan import Tables, Tiles
 
 STRATEGIES = ("repeat", "merge")
+_STRATEGY_VARIABLE = "TULU_HPC_PACKED_ATTENTION_STRATEGY"
 
 
 class Entry(NamedTuple):
@@ -63,7 +66,7 @@ class VarlenCall:
     cu_query: Tensor | None = None
     cu_key: Tensor | None = None
     copy_order: Tensor | None = None
-    copy_counts: Tensor | None = None
+    copy_offsets: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -83,6 +86,19 @@ class AttentionPlan:
     calls: list[VarlenCall]
     attention_pairs: int
     handle: int
+    strategy_reason: str = ""
+    triton_tables: dict[Tiles, Tables] = field(default_factory=dict)
+
+    def describe(self, dtype: torch.dtype = torch.bfloat16, backend: str | None = None) -> str:
+        """Which backend and strategy `packed_attention` will run on tensors of `dtype`, and why; several lines.
+
+        Args:
+            dtype: of q, k and v.
+            backend: as will be passed to `packed_attention`.
+        """
+        from tulu_hpc.kernels.packed_attention.describe import describe  # which knows the backends, and they the plan
+
+        return describe(self, dtype, backend)
 
 
 # The op's schema carries a number; the plan lives as long as its user (and a backward pass to come) holds it.
@@ -117,7 +133,7 @@ def plan_attention(
         prefix: [S, 2] row range that a segment sees besides itself (start == stop: none); it ends before the segment.
         heads, kv_heads, head_dim: of the tensors that will be given (one tensor-parallel rank's heads).
         device: where the tensors will be.
-        strategy: "repeat" or "merge"; None chooses.
+        strategy: "repeat" or "merge"; None: that of TULU_HPC_PACKED_ATTENTION_STRATEGY, else the cheaper one.
         ranges: context parallelism: the row ranges of the pack that the queries are, in order. Default: all rows.
         key_order: int64 [M]: row i of k and v is row key_order[i] of the pack. Default: pack order.
 
@@ -141,6 +157,9 @@ def plan_attention(
         key_order = key_order.to(device="cpu", dtype=torch.int64)
         if not torch.equal(key_order.sort().values, torch.arange(rows)):
             raise ValueError(f"key_order must be a permutation of the {rows} rows of the pack")
+    reason = "named in the call"
+    if strategy is None and os.environ.get(_STRATEGY_VARIABLE):
+        strategy, reason = os.environ[_STRATEGY_VARIABLE], f"named by {_STRATEGY_VARIABLE}"
     if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     whole = [(0, rows)] if ranges is None else [(int(a), int(b)) for a, b in ranges]
@@ -148,7 +167,8 @@ def plan_attention(
         raise ValueError(f"ranges {whole} leave the {rows} rows of the pack")
     device = torch.device(device)
     entries = _entries(cu, table, whole)
-    strategy = strategy or _choose(entries, heads // kv_heads)
+    if strategy is None:
+        strategy, reason = _choose(entries, heads // kv_heads)
     calls = _repeat_calls(entries) if strategy == "repeat" else _merge_calls(entries)
     for call in calls:
         _finish(call, key_order, rows, device)
@@ -165,6 +185,7 @@ def plan_attention(
         calls=calls,
         attention_pairs=sum(entry.pairs for entry in entries),
         handle=next(_handles),
+        strategy_reason=reason,
     )
     _plans[plan.handle] = plan
     return plan
@@ -185,11 +206,15 @@ def _entries(cu: list[int], prefix: list[tuple[int, int]], ranges: list[tuple[in
     return entries
 
 
-def _choose(entries: list[Entry], heads_per_kv_head: int) -> str:
+def _choose(entries: list[Entry], heads_per_kv_head: int) -> tuple[str, str]:
     """The cheaper in memory traffic: repeated keys cost (prefix + own) / own key rows, a second call 1.4 N / Nk."""
     own = sum(e.key_stop - e.key_start for e in entries if e.prefix_stop > e.prefix_start)
     prefix = sum(e.prefix_stop - e.prefix_start for e in entries)
-    return "repeat" if prefix + own <= 1.4 * heads_per_kv_head * own else "merge"
+    if own == 0:
+        return "repeat", "no segment has a prefix, nothing is repeated"
+    repeat, merge = (prefix + own) / own, 1.4 * heads_per_kv_head
+    numbers = f"(prefix + own) / own key rows is {repeat:.2f}, a second call costs 1.4 N / Nk = {merge:.2f}"
+    return ("repeat" if repeat <= merge else "merge"), numbers
 
 
 def _repeat_calls(entries: list[Entry]) -> list[VarlenCall]:
@@ -252,7 +277,7 @@ def _finish(call: VarlenCall, key_order: Tensor | None, rows: int, device: torch
         position[key_order] = torch.arange(rows)
         pack_rows = torch.arange(call.key_start, call.key_stop) if call.key_index is None else call.key_index
         call.key_index = position[pack_rows]
-    if device.type == "cpu":
+    if _library(device) == "cpu":
         call.padded = pad_entries(
             call.query_start, call.query_lengths, call.key_start, call.key_index, call.key_lengths, call.causal
         )
@@ -261,8 +286,13 @@ def _finish(call: VarlenCall, key_order: Tensor | None, rows: int, device: torch
     call.cu_key = _cumulative(call.key_lengths, device)
     if call.key_index is not None:
         call.copy_order = call.key_index.argsort(stable=True).to(device)
-        call.copy_counts = torch.bincount(call.key_index, minlength=rows).to(device)
+        call.copy_offsets = _cumulative(torch.bincount(call.key_index, minlength=rows).tolist(), device)
         call.key_index = call.key_index.to(device)
+
+
+def _library(device: torch.device) -> str:
+    """Which backend's tables a call needs on this device."""
+    return "cpu" if device.type == "cpu" else "flash"
 
 
 def _cumulative(lengths: list[int], device: torch.device) -> Tensor:

@@ -1,0 +1,35 @@
+"""Triton backend: both tensors in one launch.
+
+Shapes: T rows, N query heads, Nk key heads, D head dim, R rotated dims.
+"""
+
+from torch import Tensor
+
+_BLOCK_ROWS = 16
+
+
+def _power(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def forward(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, direction: float
+) -> tuple[Tensor, Tensor]:
+    """q [T, N, D] and k [T, Nk, D] turned by cos, sin [T, R / 2] fp32; direction -1: turned back."""
+    from tulu_hpc.kernels.rope import triton_kernels
+
+    q, k, cos, sin = (x.contiguous() for x in (q, k, cos, sin))
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    rows, heads, head_dim = q.shape
+    half = cos.shape[-1]
+    if rows and heads + k.shape[1]:
+        triton_kernels.rope_kernel[(-(-rows // _BLOCK_ROWS), heads + k.shape[1])](
+            *(q, k, q_out, k_out, cos, sin, rows, heads, k.shape[1], direction),
+            HEAD_DIM=head_dim,
+            HALF=half,
+            BLOCK_HALF=_power(half),
+            REST=_power(head_dim - 2 * half),
+            BLOCK_ROWS=_BLOCK_ROWS,
+            INTERLEAVED=interleaved,
+        )
+    return q_out, k_out
