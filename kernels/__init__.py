@@ -2,6 +2,7 @@
 
     linear_logprob    log-probs (and entropy) of targets from hidden states, without ever holding the full logits
     packed_attention  causal attention over a flat pack of segments that may share prefixes
+    rope              rotary embedding of packed queries and keys by position id
     preference_loss   DPO, IPO, SimPO, ORPO, KTO and other losses on per-token log-probs
     policy_loss       clipped policy-gradient losses on per-token log-probs; value_loss beside it
     gae               generalised advantage estimation of a pack; whiten, over the global batch
@@ -19,6 +20,7 @@ from tulu_hpc.kernels.policy_loss.ops import PolicyLossOutput, policy_loss, poli
 from tulu_hpc.kernels.policy_loss.value import value_loss
 from tulu_hpc.kernels.preference_loss.ops import preference_loss
 from tulu_hpc.kernels.registry import BackendError, LossOutput, available_backends, last_backend
+from tulu_hpc.kernels.rope.ops import rope, rope_tables
 
 __all__ = [
     "AttentionPlan",
@@ -36,6 +38,8 @@ __all__ = [
     "policy_loss",
     "policy_sequence_sums",
     "preference_loss",
+    "rope",
+    "rope_tables",
     "value_loss",
     "whiten",
 ]

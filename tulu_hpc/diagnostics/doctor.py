@@ -17,7 +17,7 @@ import psutil
 import tulu_hpc
 
 PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "tensorboard")
-KERNEL_FAMILIES = ("linear_logprob", "packed_attention", "preference_loss", "policy_loss", "value_loss", "gae")
+KERNEL_FAMILIES = ("linear_logprob", "packed_attention", "preference_loss", "policy_loss", "value_loss", "gae", "rope")
 
 
 @dataclass(frozen=True)
