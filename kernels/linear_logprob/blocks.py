@@ -24,6 +24,8 @@ from torch import Tensor
 MIN_COLUMNS = 1024
 # Scratch columns of the backward pass over kept logits; on CPU of every block, which then stays in the cache.
 SCRATCH_COLUMNS = 4096
+# Rows of one product of the gradient of hidden from kept logits with bf16 operands.
+KEPT_ROWS = 2048
 # Batch-invariant GEMMs all have this many columns; their operands are padded to multiples of PAD_COLUMNS and
 # PAD_HIDDEN, because the vendor GEMM computes ragged edges in another order.
 INVARIANT_COLUMNS = 4096
@@ -282,11 +284,9 @@ def backward(
     blocks = problem.blocks(False, backward=True) if recompute else Blocks(rows, min(vocab, SCRATCH_COLUMNS), False)
     columns = problem.columns(blocks)
     size = blocks.rows * columns if rows and vocab else 0
-    grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=dtype)
+    direct = bool(size) and not recompute and problem.half_gemm
+    grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=hidden.dtype if direct else dtype)
     grad_weight = weight.new_zeros(weight.shape if need_weight else (0,))
-    logits_buffer = hidden.new_empty(size if recompute else 0, dtype=dtype)
-    half_buffer = hidden.new_empty(size if problem.half_gemm else 0)
-    scratch = half_buffer if problem.half_gemm else hidden.new_empty(0 if recompute else size, dtype=dtype)
 
     def finish_hidden() -> None:
         done = grad_hidden.to(hidden.dtype)
@@ -294,6 +294,13 @@ def backward(
 
     if need_hidden and not size:
         finish_hidden()
+    if direct:
+        hidden_out, weight_out = grad_hidden if need_hidden else None, grad_weight if need_weight else None
+        _kept_products(problem, kernels, stats_K4, grad_K4, kept, rows_A, hidden_out, weight_out, finish_hidden)
+        return grad_weight
+    logits_buffer = hidden.new_empty(size if recompute else 0, dtype=dtype)
+    half_buffer = hidden.new_empty(size if problem.half_gemm else 0)
+    scratch = half_buffer if problem.half_gemm else hidden.new_empty(0 if recompute else size, dtype=dtype)
     for c0 in range(0, vocab if rows else 0, columns):
         weight_CH = problem.operand(weight[c0 : c0 + columns])
         c1 = c0 + len(weight_CH)
@@ -333,3 +340,53 @@ def backward(
         if grad_CH is not None and not in_place:
             grad_weight[c0:c1] = grad_CH
     return grad_weight
+
+
+def _kept_products(
+    problem: Problem,
+    kernels: RowKernels,
+    stats_K4: Tensor,
+    grad_K4: Tensor,
+    kept: Tensor,
+    rows_A: Tensor | None,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    finish_hidden: Callable[[], None],
+) -> None:
+    """Both gradients from kept logits and bf16 operands, each element by one GEMM, which sums in fp32.
+
+    First all of the gradient of hidden, by row blocks; then that of the weight, by vocabulary blocks. The gradient of
+    the logits is made twice, a pass over memory; in return no fp32 sums are kept in memory or added to.
+    """
+    hidden, weight = problem.hidden_UH, problem.weight_VlH
+    rows, vocab = len(hidden), len(weight)
+    room = (problem.max_buffer_bytes - kept.numel() * kept.element_size()) // hidden.element_size()
+    height = max(1, min(rows, KEPT_ROWS, room // vocab))
+    columns = max(1, min(vocab, height * vocab // rows))
+    buffer = hidden.new_empty(max(height * vocab, rows * columns))
+
+    def dlogits(r0: int, r1: int, c0: int, c1: int) -> Tensor:
+        out = buffer[: (r1 - r0) * (c1 - c0)].view(r1 - r0, c1 - c0)
+        kernels.backward(
+            kept[r0:r1, c0:c1] if rows_A is None else kept[:, c0:c1],
+            None if rows_A is None else rows_A[r0:r1],
+            out,
+            problem.vocab_start + c0,
+            problem.target_K,
+            problem.row_start_U1[r0 : r1 + 1],
+            stats_K4,
+            grad_K4,
+            problem.inv_temperature,
+            problem.softcap,
+        )
+        return out
+
+    if grad_hidden is not None:
+        for r0 in range(0, rows, height):
+            r1 = min(r0 + height, rows)
+            torch.mm(dlogits(r0, r1, 0, vocab), weight, out=grad_hidden[r0:r1])
+        finish_hidden()
+    if grad_weight is not None:
+        for c0 in range(0, vocab, columns):
+            c1 = min(c0 + columns, vocab)
+            torch.mm(dlogits(0, rows, c0, c1).T, hidden, out=grad_weight[c0:c1])

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from tulu_hpc.kernels import BackendError, available_backends, last_backend, linear_logprob
 from tulu_hpc.kernels.linear_logprob import blocks
 from tulu_hpc.kernels.linear_logprob.cpu import CpuRows
-from tulu_hpc.kernels.linear_logprob.reference import linear_logprob_dense
+from tulu_hpc.kernels.linear_logprob.reference import ReferenceRows, linear_logprob_dense
 from tulu_hpc.kernels.native import core
 
 BACKENDS = ["reference", "cpu"]
@@ -320,6 +320,35 @@ def test_rows_without_a_gradient_cost_nothing(backend, buffer, gemms):
     forward, backward = 2 * 16 * hidden * vocab, 2 * 8 * hidden * vocab
     assert flops(gemms) == forward + backward * (2 if buffer == 2**28 else 3)
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("kept_rows", [4, 2048])
+def test_kept_logits_of_bf16_operands(zeros, kept_rows, monkeypatch):
+    """The products that a GPU runs, here by torch's bf16 GEMM on the CPU."""
+    rows, vocab = 30, 90
+    h, w, target, _ = problem(rows, 8, vocab, rows)
+    h, w = h.bfloat16(), w.bfloat16()
+    monkeypatch.setattr(blocks, "KEPT_ROWS", kept_rows)
+    monkeypatch.setattr(blocks.Problem, "half_gemm", True)
+    monkeypatch.setattr(blocks.Problem, "gemm", lambda self, a, b, out: torch.mm(a.float(), b.float(), out=out))
+    record = blocks.Problem(h, w, target, torch.arange(rows + 1), 1.0, 0.0, 0, 2**20)
+    stats, kept = blocks.forward(record, ReferenceRows(), True)
+    assert kept.shape == (rows, vocab)
+    grad = torch.zeros(rows, 4)
+    weights = torch.randn(rows, generator=torch.Generator().manual_seed(3))
+    if zeros:
+        weights[::3] = 0
+    grad[:, 1], grad[:, 3] = -weights, weights
+    done: list[Tensor] = []
+    grad_weight = blocks.backward(record, ReferenceRows(), stats, grad, kept, True, True, done.append)
+    a, b = h.double().requires_grad_(), w.double().requires_grad_()
+    logprobs, _ = linear_logprob_dense(a, b, target)
+    wanted = torch.autograd.grad((logprobs * weights).sum(), (a, b))
+    assert len(done) == 1
+    for mine, want in zip((done[0], grad_weight), wanted):
+        assert mine.dtype == torch.bfloat16
+        assert float((mine.double() - want).norm() / want.norm()) < 6e-3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
