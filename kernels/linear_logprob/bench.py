@@ -47,9 +47,9 @@ class Shape(NamedTuple):
 
 QUICK = [Shape(256, 128, 8000, 1.0, 256, 1, True, 3), Shape(256, 128, 8000, 0.5, 256, 1, False, 3)]
 FULL = [
-    Shape(512, 1024, 128256, 1.0, 300, 16, True, 5),
-    Shape(512, 1024, 128256, 0.5, 300, 16, False, 5),
-    Shape(512, 2048, 128256, 1.0, 300, 16, False, 5),
+    Shape(512, 1024, 128256, 1.0, 300, 16, True, 3),
+    Shape(512, 1024, 128256, 0.5, 300, 16, False, 3),
+    Shape(512, 2048, 128256, 1.0, 300, 16, False, 3),
     Shape(512, 2048, 128256, 0.5, 300, 16, False, 3),
 ]
 # The heads of Llama 3.1 8B, 70B and 405B: whole, and the shard of 8 tensor-parallel ranks.

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tulu_hpc.kernels.linear_logprob import onednn
+
 # Columns below which a GEMM block is inefficient: rows are blocked too rather than going under it.
 MIN_COLUMNS = 1024
 # Scratch columns of the backward pass over kept logits; on CPU of every block, which then stays in the cache.
@@ -121,6 +123,7 @@ class Problem:
     softcap: float
     vocab_start: int
     max_buffer_bytes: int
+    onednn: bool = False  # fp32 products by oneDNN where it suits them
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -150,6 +153,8 @@ class Problem:
         """out = a @ b in the compute dtype."""
         if self.half_gemm:
             torch.mm(a, b, out_dtype=self.compute_dtype, out=out)
+        elif self.onednn and onednn.suits(a, b):
+            onednn.exact_product(a, b, out)
         else:
             torch.mm(a, b, out=out)
 
@@ -157,6 +162,8 @@ class Problem:
         """total += a @ b in the compute dtype."""
         if self.half_gemm:
             torch.addmm(total, a, b, out_dtype=self.compute_dtype, out=total)
+        elif self.onednn and onednn.suits(a, b):
+            total.add_(onednn.product(a, b))
         else:
             total.addmm_(a, b)
 

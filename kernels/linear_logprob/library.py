@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tulu_hpc.kernels.linear_logprob import blocks, tensor_parallel
+from tulu_hpc.kernels.linear_logprob import blocks, onednn, tensor_parallel
 from tulu_hpc.kernels.linear_logprob.cpu import CpuRows
 from tulu_hpc.kernels.linear_logprob.cuda import CudaRows
 from tulu_hpc.kernels.linear_logprob.reference import ReferenceRows
@@ -52,7 +52,15 @@ def linear_logprob_stats(
     if group and sequence_parallel:
         gathered = hidden_UH
     problem = blocks.Problem(
-        hidden_UH, weight_VlH, target_K, row_start_U1, inv_temperature, softcap, vocab_start, max_buffer_bytes
+        hidden_UH,
+        weight_VlH,
+        target_K,
+        row_start_U1,
+        inv_temperature,
+        softcap,
+        vocab_start,
+        max_buffer_bytes,
+        onednn=backend == "cpu" and onednn.available(),
     )
     if backend == "triton":
         from tulu_hpc.kernels.linear_logprob import triton_kernels
@@ -128,7 +136,15 @@ def linear_logprob_stats_backward(
     else:
         hidden_UH = hidden_TH if rows_U is None else hidden_TH.index_select(0, rows_U)
     problem = blocks.Problem(
-        hidden_UH, weight_VlH, target_K, row_start_U1, inv_temperature, softcap, vocab_start, max_buffer_bytes
+        hidden_UH,
+        weight_VlH,
+        target_K,
+        row_start_U1,
+        inv_temperature,
+        softcap,
+        vocab_start,
+        max_buffer_bytes,
+        onednn=backend == "cpu" and onednn.available(),
     )
     reduction = tensor_parallel.HiddenReduction(hidden_TH, rows_U, group, scattered)
     grad_K4 = grad_K4.contiguous()
