@@ -24,13 +24,15 @@ from tulu_hpc.kernels.linear_logprob import onednn
 
 # Columns below which a GEMM block is inefficient: rows are blocked too rather than going under it.
 MIN_COLUMNS = 1024
-# Scratch columns of the backward pass over kept logits; on CPU of every block, which then stays in the cache.
+# Scratch columns of the backward pass over kept logits.
 SCRATCH_COLUMNS = 4096
+# Columns of every block on CPU, which then stays in the cache.
+CPU_COLUMNS = 2048
 # Rows of one product of the gradient of hidden from kept logits with bf16 operands.
 KEPT_ROWS = 2048
 # Batch-invariant GEMMs all have this many columns; their operands are padded to multiples of PAD_COLUMNS and
 # PAD_HIDDEN, because the vendor GEMM computes ragged edges in another order.
-INVARIANT_COLUMNS = 4096
+INVARIANT_COLUMNS = 2048
 PAD_COLUMNS = 64
 PAD_HIDDEN = 16
 LOWEST = torch.finfo(torch.float32).min
@@ -144,7 +146,7 @@ class Problem:
 
     def columns(self, blocks: Blocks) -> int:
         """Columns of one step: on CPU few enough that the row pass finds the block in the cache."""
-        return blocks.columns if self.hidden_UH.is_cuda else min(blocks.columns, SCRATCH_COLUMNS)
+        return blocks.columns if self.hidden_UH.is_cuda else min(blocks.columns, CPU_COLUMNS)
 
     def operand(self, x: Tensor) -> Tensor:
         return x if self.half_gemm else x.to(self.compute_dtype)
