@@ -44,13 +44,13 @@ PYBIND11_MODULE(_core, module) {
                                                       at<float>(dot), at<float>(picked), inv_temperature, softcap, threads);
              });
   module.def("linear_logprob_backward_cpu",
-             [](Address logits, int64_t ld, Address out, int64_t ld_out, int64_t rows, int64_t cols, int64_t first,
-                Address target, Address row_start, Address stats, Address grad, float inv_temperature, float softcap,
-                int threads) {
+             [](Address logits, int64_t ld, Address logits_row, Address out, int64_t ld_out, int64_t rows, int64_t cols,
+                int64_t first, Address target, Address row_start, Address stats, Address grad, float inv_temperature,
+                float softcap, int threads) {
                py::gil_scoped_release release;
-               return tulu_linear_logprob_backward_cpu(at<float>(logits), ld, at<float>(out), ld_out, rows, cols, first,
-                                                       at<int64_t>(target), at<int64_t>(row_start), at<float>(stats),
-                                                       at<float>(grad), inv_temperature, softcap, threads);
+               return tulu_linear_logprob_backward_cpu(at<float>(logits), ld, at<int64_t>(logits_row), at<float>(out), ld_out,
+                                                       rows, cols, first, at<int64_t>(target), at<int64_t>(row_start),
+                                                       at<float>(stats), at<float>(grad), inv_temperature, softcap, threads);
              });
   module.def("preference_loss_cpu",
              [](Address logprobs, Address sequence_id, Address policy_sums, Address reference, Address lengths, Address pairs,
@@ -101,13 +101,14 @@ PYBIND11_MODULE(_core, module) {
                                                        at<void>(stream));
              });
   module.def("linear_logprob_backward_cuda",
-             [](Address logits, int64_t ld, Address out, int64_t ld_out, bool out_is_bf16, int64_t rows, int64_t cols,
-                int64_t first, Address target, Address row_start, Address stats, Address grad, float inv_temperature,
-                float softcap, Address stream) {
+             [](Address logits, int64_t ld, Address logits_row, Address out, int64_t ld_out, bool out_is_bf16, int64_t rows,
+                int64_t cols, int64_t first, Address target, Address row_start, Address stats, Address grad,
+                float inv_temperature, float softcap, Address stream) {
                py::gil_scoped_release release;
-               return tulu_linear_logprob_backward_cuda(at<float>(logits), ld, at<void>(out), ld_out, out_is_bf16, rows, cols,
-                                                        first, at<int64_t>(target), at<int64_t>(row_start), at<float>(stats),
-                                                        at<float>(grad), inv_temperature, softcap, at<void>(stream));
+               return tulu_linear_logprob_backward_cuda(at<float>(logits), ld, at<int64_t>(logits_row), at<void>(out), ld_out,
+                                                        out_is_bf16, rows, cols, first, at<int64_t>(target),
+                                                        at<int64_t>(row_start), at<float>(stats), at<float>(grad),
+                                                        inv_temperature, softcap, at<void>(stream));
              });
 #endif
 }

@@ -117,9 +117,9 @@ int tulu_linear_logprob_forward_cpu(const float* logits, int64_t ld, int64_t row
   return 0;
 }
 
-int tulu_linear_logprob_backward_cpu(const float* logits, int64_t ld, float* out, int64_t ld_out, int64_t rows, int64_t cols,
-                                     int64_t first, const int64_t* target, const int64_t* row_start, const float* stats,
-                                     const float* grad, float inv_temperature, float softcap, int threads) {
+int tulu_linear_logprob_backward_cpu(const float* logits, int64_t ld, const int64_t* logits_row, float* out, int64_t ld_out,
+                                     int64_t rows, int64_t cols, int64_t first, const int64_t* target, const int64_t* row_start,
+                                     const float* stats, const float* grad, float inv_temperature, float softcap, int threads) {
   if (rows < 0 || cols < 0 || ld < cols || ld_out < cols || threads < 1) return TULU_INVALID;
   const tulu::RowKernels& kernels = tulu::kernels();
   (void)threads;
@@ -128,7 +128,7 @@ int tulu_linear_logprob_backward_cpu(const float* logits, int64_t ld, float* out
     std::vector<tulu::Value> values;  // of the row's targets, read before the pass overwrites them
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
-      const float* z = logits + r * ld;
+      const float* z = logits + (logits_row ? logits_row[r] : r) * ld;
       float* dz = out + r * ld_out;
       const int64_t begin = row_start[r], end = row_start[r + 1];
       if (begin == end) {

@@ -103,11 +103,11 @@ __device__ __forceinline__ void store(__nv_bfloat16* out, float value) { *out = 
 // `logits`; the pointers are therefore not __restrict__.
 template <bool CAP, typename OUT>
 __global__ void __launch_bounds__(kThreads)
-    backward_kernel(const float* logits, int64_t ld, OUT* out, int64_t ld_out, int64_t cols, int64_t first,
-                    const int64_t* __restrict__ target, const int64_t* __restrict__ row_start, const float* __restrict__ stats,
-                    const float* __restrict__ grad, float inv_temperature, float softcap) {
+    backward_kernel(const float* logits, int64_t ld, const int64_t* __restrict__ logits_row, OUT* out, int64_t ld_out,
+                    int64_t cols, int64_t first, const int64_t* __restrict__ target, const int64_t* __restrict__ row_start,
+                    const float* __restrict__ stats, const float* __restrict__ grad, float inv_temperature, float softcap) {
   const int64_t row = blockIdx.x;
-  const float* z = logits + row * ld;
+  const float* z = logits + (logits_row ? logits_row[row] : row) * ld;
   OUT* dz = out + row * ld_out;
   const int64_t begin = row_start[row], end = row_start[row + 1];
   const int64_t from = static_cast<int64_t>(blockIdx.y) * kBackwardColumns;
@@ -143,13 +143,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename OUT>
-void launch_backward(const float* logits, int64_t ld, OUT* out, int64_t ld_out, int64_t rows, int64_t cols, int64_t first,
-                     const int64_t* target, const int64_t* row_start, const float* stats, const float* grad,
-                     float inv_temperature, float softcap, cudaStream_t stream) {
+void launch_backward(const float* logits, int64_t ld, const int64_t* logits_row, OUT* out, int64_t ld_out, int64_t rows,
+                     int64_t cols, int64_t first, const int64_t* target, const int64_t* row_start, const float* stats,
+                     const float* grad, float inv_temperature, float softcap, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>((cols + kBackwardColumns - 1) / kBackwardColumns));
   const auto kernel = softcap != 0.0f ? backward_kernel<true, OUT> : backward_kernel<false, OUT>;
-  kernel<<<grid, kThreads, 0, stream>>>(logits, ld, out, ld_out, cols, first, target, row_start, stats, grad, inv_temperature,
-                                        softcap);
+  kernel<<<grid, kThreads, 0, stream>>>(logits, ld, logits_row, out, ld_out, cols, first, target, row_start, stats, grad,
+                                        inv_temperature, softcap);
 }
 
 }  // namespace
@@ -170,19 +170,19 @@ int tulu_linear_logprob_forward_cuda(const float* logits, int64_t ld, int64_t ro
   return static_cast<int>(cudaGetLastError());
 }
 
-int tulu_linear_logprob_backward_cuda(const float* logits, int64_t ld, void* out, int64_t ld_out, int out_is_bf16, int64_t rows,
-                                      int64_t cols, int64_t first, const int64_t* target, const int64_t* row_start,
-                                      const float* stats, const float* grad, float inv_temperature, float softcap,
-                                      void* stream) {
+int tulu_linear_logprob_backward_cuda(const float* logits, int64_t ld, const int64_t* logits_row, void* out, int64_t ld_out,
+                                      int out_is_bf16, int64_t rows, int64_t cols, int64_t first, const int64_t* target,
+                                      const int64_t* row_start, const float* stats, const float* grad, float inv_temperature,
+                                      float softcap, void* stream) {
   if (rows < 0 || cols < 0 || ld < cols || ld_out < cols || rows > INT32_MAX || cols > 65535LL * kBackwardColumns)
     return TULU_INVALID;
   if (rows == 0 || cols == 0) return 0;
   const auto s = static_cast<cudaStream_t>(stream);
   if (out_is_bf16)
-    launch_backward(logits, ld, static_cast<__nv_bfloat16*>(out), ld_out, rows, cols, first, target, row_start, stats, grad,
-                    inv_temperature, softcap, s);
+    launch_backward(logits, ld, logits_row, static_cast<__nv_bfloat16*>(out), ld_out, rows, cols, first, target, row_start, stats,
+                    grad, inv_temperature, softcap, s);
   else
-    launch_backward(logits, ld, static_cast<float*>(out), ld_out, rows, cols, first, target, row_start, stats, grad,
+    launch_backward(logits, ld, logits_row, static_cast<float*>(out), ld_out, rows, cols, first, target, row_start, stats, grad,
                     inv_temperature, softcap, s);
   return static_cast<int>(cudaGetLastError());
 }

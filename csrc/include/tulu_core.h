@@ -7,7 +7,8 @@
  *
  * forward   adds the block to each row's running (maximum, sum of exp(x - m), sum of exp(x - m) (x - m)) and writes
  *           picked[k] = x[target] for targets inside the block. Start from (-FLT_MAX, 0, 0).
- * backward  writes d loss / d z to `out` (may be `logits` itself when it is fp32). stats and grad are [K, 4]: maximum, log of
+ * backward  writes d loss / d z to `out` (may be `logits` itself when it is fp32 and logits_row is null). Row r reads row
+ *           logits_row[r] of logits, or row r when that is null. stats and grad are [K, 4]: maximum, log of
  *           the sum, centred mean (last sum / first sum), picked, and the upstream gradients of the last three.
  *           dx_j = p_j (g1 + g2 (1 - centred) + g2 (x_j - m)) + sum over targets equal to j of g3, with g1, g2 summed over
  *           the row's targets in order. Rows without targets get zeros.
@@ -44,10 +45,10 @@ TULU_API int tulu_linear_logprob_forward_cpu(const float* logits, int64_t ld, in
                                              const int64_t* target, const int64_t* row_start, float* maximum, float* sum,
                                              float* dot, float* picked, float inv_temperature, float softcap, int threads);
 
-TULU_API int tulu_linear_logprob_backward_cpu(const float* logits, int64_t ld, float* out, int64_t ld_out, int64_t rows,
-                                              int64_t cols, int64_t first, const int64_t* target, const int64_t* row_start,
-                                              const float* stats, const float* grad, float inv_temperature, float softcap,
-                                              int threads);
+TULU_API int tulu_linear_logprob_backward_cpu(const float* logits, int64_t ld, const int64_t* logits_row, float* out,
+                                              int64_t ld_out, int64_t rows, int64_t cols, int64_t first, const int64_t* target,
+                                              const int64_t* row_start, const float* stats, const float* grad,
+                                              float inv_temperature, float softcap, int threads);
 
 /* One call of preference_loss; formulas in kernels/preference_loss/reference.py. K scored tokens, Q sequences, P pairs.
  * Pointers that may be null: logprobs and sequence_id (when policy_sums is given), policy_sums, reference (no reference),
@@ -122,10 +123,10 @@ TULU_API int tulu_linear_logprob_forward_cuda(const float* logits, int64_t ld, i
                                               float* dot, float* picked, float inv_temperature, float softcap, void* stream);
 
 /* out is fp32, or bf16 (not aliasing logits) when out_is_bf16. */
-TULU_API int tulu_linear_logprob_backward_cuda(const float* logits, int64_t ld, void* out, int64_t ld_out, int out_is_bf16,
-                                               int64_t rows, int64_t cols, int64_t first, const int64_t* target,
-                                               const int64_t* row_start, const float* stats, const float* grad,
-                                               float inv_temperature, float softcap, void* stream);
+TULU_API int tulu_linear_logprob_backward_cuda(const float* logits, int64_t ld, const int64_t* logits_row, void* out,
+                                               int64_t ld_out, int out_is_bf16, int64_t rows, int64_t cols, int64_t first,
+                                               const int64_t* target, const int64_t* row_start, const float* stats,
+                                               const float* grad, float inv_temperature, float softcap, void* stream);
 
 TULU_API const char* tulu_cuda_error_string(int code);
 #endif

@@ -10,6 +10,8 @@ class CpuRows:
     """See `blocks.RowKernels`."""
 
     name = "cpu"
+    # A GEMM of this many rows runs at the speed of a large one; fewer would be padded to it.
+    invariant_rows = 64
 
     def forward(
         self,
@@ -44,10 +46,11 @@ class CpuRows:
     def backward(
         self,
         logits_UC: Tensor,
-        out_UC: Tensor,
+        logits_row_A: Tensor | None,
+        out_AC: Tensor,
         first: int,
         target_K: Tensor,
-        row_start_U1: Tensor,
+        row_start_A1: Tensor,
         stats_K4: Tensor,
         grad_K4: Tensor,
         inv_temperature: float,
@@ -56,13 +59,14 @@ class CpuRows:
         code = core().linear_logprob_backward_cpu(
             logits_UC.data_ptr(),
             logits_UC.stride(0),
-            out_UC.data_ptr(),
-            out_UC.stride(0),
-            logits_UC.shape[0],
-            logits_UC.shape[1],
+            0 if logits_row_A is None else logits_row_A.data_ptr(),
+            out_AC.data_ptr(),
+            out_AC.stride(0),
+            out_AC.shape[0],
+            out_AC.shape[1],
             first,
             target_K.data_ptr(),
-            row_start_U1.data_ptr(),
+            row_start_A1.data_ptr(),
             stats_K4.data_ptr(),
             grad_K4.data_ptr(),
             inv_temperature,

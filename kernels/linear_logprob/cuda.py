@@ -10,6 +10,8 @@ class CudaRows:
     """See `blocks.RowKernels`. Launches go to torch's current stream of the tensors' device."""
 
     name = "cuda"
+    # cuBLAS promises nothing about the order of its sums.
+    invariant_rows = None
 
     def forward(
         self,
@@ -45,10 +47,11 @@ class CudaRows:
     def backward(
         self,
         logits_UC: Tensor,
-        out_UC: Tensor,
+        logits_row_A: Tensor | None,
+        out_AC: Tensor,
         first: int,
         target_K: Tensor,
-        row_start_U1: Tensor,
+        row_start_A1: Tensor,
         stats_K4: Tensor,
         grad_K4: Tensor,
         inv_temperature: float,
@@ -58,14 +61,15 @@ class CudaRows:
             code = core().linear_logprob_backward_cuda(
                 logits_UC.data_ptr(),
                 logits_UC.stride(0),
-                out_UC.data_ptr(),
-                out_UC.stride(0),
-                out_UC.dtype == torch.bfloat16,
-                logits_UC.shape[0],
-                logits_UC.shape[1],
+                0 if logits_row_A is None else logits_row_A.data_ptr(),
+                out_AC.data_ptr(),
+                out_AC.stride(0),
+                out_AC.dtype == torch.bfloat16,
+                out_AC.shape[0],
+                out_AC.shape[1],
                 first,
                 target_K.data_ptr(),
-                row_start_U1.data_ptr(),
+                row_start_A1.data_ptr(),
                 stats_K4.data_ptr(),
                 grad_K4.data_ptr(),
                 inv_temperature,

@@ -1,6 +1,7 @@
 """linear_logprob in plain torch: the specification, and the row kernels of the `reference` backend.
 
-Shapes: T rows of hidden, U rows used, K targets, H hidden, V vocabulary, Vl its local shard, C columns of a block.
+Shapes: T rows of hidden, U rows used, K targets, H hidden, V vocabulary, Vl its local shard, C columns of a
+block, A rows with a gradient.
 
 For a row with hidden state h:  z = W h,  z' = softcap * tanh(z / softcap) if there is a cap,  x = z' / temperature,
     logprob of target y:  x_y - logsumexp(x)             entropy:  logsumexp(x) - sum_j softmax(x)_j x_j
@@ -43,6 +44,8 @@ class ReferenceRows:
     """The two row passes in torch (any device; fp32 and fp64); see `blocks.RowKernels` for what they must do."""
 
     name = "reference"
+    # One row at a time: every product has the same shape whatever the number of rows.
+    invariant_rows = 1
 
     def forward(
         self,
@@ -70,35 +73,37 @@ class ReferenceRows:
     def backward(
         self,
         logits_UC: Tensor,
-        out_UC: Tensor,
+        logits_row_A: Tensor | None,
+        out_AC: Tensor,
         first: int,
         target_K: Tensor,
-        row_start_U1: Tensor,
+        row_start_A1: Tensor,
         stats_K4: Tensor,
         grad_K4: Tensor,
         inv_temperature: float,
         softcap: float,
     ) -> None:
-        counts_U = row_start_U1.diff()
-        has_U = counts_U > 0
-        offset = int(row_start_U1[0]) if len(row_start_U1) else 0
-        k = slice(offset, offset + int(counts_U.sum()))
-        row_k = torch.repeat_interleave(torch.arange(len(counts_U), device=logits_UC.device), counts_U)
-        first_U = row_start_U1[:-1].clamp(max=max(len(stats_K4) - 1, 0))
-        maximum, log_sum, centred, _ = stats_K4[first_U].T
-        grad_U4 = torch.zeros(len(counts_U), 4, dtype=grad_K4.dtype, device=grad_K4.device)
-        grad_U4.index_add_(0, row_k, grad_K4[k])
-        x = transform(logits_UC, inv_temperature, softcap)
+        logits_AC = logits_UC if logits_row_A is None else logits_UC[logits_row_A]
+        counts_A = row_start_A1.diff()
+        has_A = counts_A > 0
+        offset = int(row_start_A1[0]) if len(row_start_A1) else 0
+        k = slice(offset, offset + int(counts_A.sum()))
+        row_k = torch.repeat_interleave(torch.arange(len(counts_A), device=logits_AC.device), counts_A)
+        first_A = row_start_A1[:-1].clamp(max=max(len(stats_K4) - 1, 0))
+        maximum, log_sum, centred, _ = stats_K4[first_A].T
+        grad_A4 = torch.zeros(len(counts_A), 4, dtype=grad_K4.dtype, device=grad_K4.device)
+        grad_A4.index_add_(0, row_k, grad_K4[k])
+        x = transform(logits_AC, inv_temperature, softcap)
         slope = torch.full_like(x, inv_temperature)
         if softcap:
-            slope.mul_(1 - torch.tanh(logits_UC / softcap) ** 2)
+            slope.mul_(1 - torch.tanh(logits_AC / softcap) ** 2)
         shift = x - maximum[:, None]
         p = (shift - log_sum[:, None]).exp()
-        dx = p * ((grad_U4[:, 1] + grad_U4[:, 2] * (1 - centred))[:, None] + grad_U4[:, 2, None] * shift)
-        dx.masked_fill_(~has_U[:, None], 0)
-        row_k, column_k, k_k = _targets(target_K, row_start_U1, first, logits_UC.shape[1])
+        dx = p * ((grad_A4[:, 1] + grad_A4[:, 2] * (1 - centred))[:, None] + grad_A4[:, 2, None] * shift)
+        dx.masked_fill_(~has_A[:, None], 0)
+        row_k, column_k, k_k = _targets(target_K, row_start_A1, first, logits_AC.shape[1])
         dx.index_put_((row_k, column_k), grad_K4[k_k, 3], accumulate=True)
-        out_UC.copy_(dx * slope)
+        out_AC.copy_(dx * slope)
 
 
 def _targets(target_K: Tensor, row_start_U1: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:

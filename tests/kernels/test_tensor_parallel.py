@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tulu_hpc.kernels import linear_logprob
+from tulu_hpc.kernels import linear_logprob, triton_support
+from tulu_hpc.kernels.linear_logprob import blocks
 
 T, H, V = 12, 8, 50
 
@@ -104,8 +105,125 @@ def test_two_ranks_equal_one(tmp_path, cuts, sequence_parallel):
     run_ranks(2, tmp_path, check_rank, cuts, sequence_parallel, "cpu", torch.float32, 2e-5)
 
 
+# Shards of 13 are those of a vocabulary padded to 52, without the padding.
+@pytest.mark.parametrize("cuts", [[0, 13, 26, 39, 50], [0, 16, 32, 48, 50]], ids=["padded", "last shorter"])
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp", "tp+sp"])
+def test_four_ranks_equal_one(tmp_path, cuts, sequence_parallel):
+    run_ranks(4, tmp_path, check_rank, cuts, sequence_parallel, "cpu", torch.float32, 2e-5)
+
+
 def test_four_ranks_in_float64(tmp_path):
     run_ranks(4, tmp_path, check_rank, [0, 13, 26, 39, 50], True, "reference", torch.float64, 1e-12)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp", "tp+sp"])
+def test_two_ranks_with_the_fused_kernels(tmp_path, sequence_parallel):
+    if torch.cuda.is_available() or triton_support.status() != "usable":
+        pytest.skip("runs in Triton's interpreter")
+    run_ranks(2, tmp_path, check_rank, [0, 32, 50], sequence_parallel, "triton", torch.float32, 2e-5)
+
+
+def order_rank(sequence_parallel: bool, buffer: int, backend: str, wanted: list[str]) -> None:
+    """What the backward pass does, in order."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    log: list[str] = []
+    for name in ("all_reduce", "reduce_scatter_tensor"):
+        original = getattr(dist, name)
+
+        def collective(*tensors: Any, group: Any, async_op: bool, name: str = name, original: Any = original) -> Any:
+            assert async_op
+            log.append(f"start {name}")
+            work = original(*tensors, group=group, async_op=True)
+
+            class Watched:
+                def wait(self) -> None:
+                    work.wait()
+                    log.append("wait")
+
+            return Watched()
+
+        setattr(dist, name, collective)
+    gemm, gemm_add = blocks.Problem.gemm, blocks.Problem.gemm_add
+
+    def logged(self: blocks.Problem, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+        log.append("logits" if out.shape[1] != H else "d weight")
+        gemm(self, a, b, out)
+
+    def logged_add(self: blocks.Problem, total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        log.append("d hidden" if a.is_contiguous() else "d weight")  # its left operand is transposed
+        gemm_add(self, total, a, b)
+
+    blocks.Problem.gemm, blocks.Problem.gemm_add = logged, logged_add  # type: ignore[method-assign]
+    hidden, weight, target, row, _ = data()
+    shard = weight[25 * rank : 25 * rank + 25].clone().requires_grad_()
+    local = hidden[rank * T // size : (rank + 1) * T // size] if sequence_parallel else hidden
+    out = linear_logprob(
+        local.clone().requires_grad_(),
+        shard,
+        target,
+        row_K=row,
+        tp_group=dist.group.WORLD,
+        sequence_parallel=sequence_parallel,
+        max_buffer_bytes=buffer,
+        backend=backend,
+    )
+    log.clear()
+    out.logprobs_K.sum().backward()
+    assert log == wanted, log
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp", "tp+sp"])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
+def test_gradient_of_hidden_is_reduced_beside_the_last_weight_product(tmp_path, backend, sequence_parallel, kept):
+    start = "start reduce_scatter_tensor" if sequence_parallel else "start all_reduce"
+    # All used rows in one block, or in two.
+    recomputed = ["logits", "d hidden", "d weight", "logits", "d hidden", start, "d weight", "wait"]
+    rows = len(set(data()[3][data()[2] != -100].tolist()))
+    wanted = ["d hidden", start, "d weight", "wait"] if kept else recomputed
+    run_ranks(2, tmp_path, order_rank, sequence_parallel, 2**20 if kept else 4 * rows * 13, backend, wanted)
+
+
+def zero_gradient_rank(sequence_parallel: bool) -> None:
+    """Rows with an upstream gradient of zero, or all of them: every rank still enters the collective."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    hidden, weight, target, row, grads = data()
+    for weights in (grads[0] * (torch.arange(17) % 3 == 0), torch.zeros(17)):
+        hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        whole = linear_logprob(hidden, weight, target, row_K=row).logprobs_K
+        want = torch.autograd.grad((whole * weights).sum(), (hidden, weight))
+        rows = slice(rank * T // size, (rank + 1) * T // size) if sequence_parallel else slice(None)
+        local = hidden.detach()[rows].clone().requires_grad_()
+        shard = weight.detach()[25 * rank : 25 * rank + 25].clone().requires_grad_()
+        mine = linear_logprob(
+            local, shard, target, row_K=row, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel
+        ).logprobs_K
+        got = torch.autograd.grad((mine * weights).sum(), (local, shard))
+        torch.testing.assert_close(got[0], want[0][rows], rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(got[1], want[1][25 * rank : 25 * rank + 25], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp", "tp+sp"])
+def test_rows_without_a_gradient(tmp_path, sequence_parallel):
+    run_ranks(2, tmp_path, zero_gradient_rank, sequence_parallel)
+
+
+def invariant_rank() -> None:
+    """Batch invariance holds over ranks too: the shards' statistics are merged rank by rank."""
+    rank = dist.get_rank()
+    hidden, weight, target, row, _ = data()
+    options = {"return_entropy": True, "tp_group": dist.group.WORLD, "batch_invariant": True, "vocab_start": 13 * rank}
+    shard = weight[13 * rank : 13 * rank + 13]
+    whole = linear_logprob(hidden, shard, target, row_K=row, **options)
+    assert whole.entropy_K is not None
+    for choice in ([3], [8, 2], list(range(1, 17)), list(range(16, 0, -1))):
+        some = linear_logprob(hidden, shard, target[choice], row_K=row[choice], **options)
+        assert torch.equal(some.logprobs_K, whole.logprobs_K[choice])
+        assert some.entropy_K is not None and torch.equal(some.entropy_K, whole.entropy_K[choice])
+
+
+def test_batch_invariance(tmp_path):
+    run_ranks(4, tmp_path, invariant_rank)
 
 
 def extreme_rank() -> None:
