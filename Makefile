@@ -49,8 +49,7 @@ test: lint
 	$(BIN)/pytest
 
 bench: $(VENV)/.test-installed
-	$(BIN)/tulu-hpc bench linear_logprob --quick
-	$(BIN)/tulu-hpc bench packed_attention --quick
+	$(BIN)/tulu-hpc bench kernels --quick --output runs/bench
 	$(BIN)/python benchmarks/peers/trl_sft.py
 	$(BIN)/python benchmarks/peers/trl_dpo.py
 
