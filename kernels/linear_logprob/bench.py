@@ -8,6 +8,8 @@ shape take turns. Columns:
     ratio      median over the turns of the baseline's time, on all rows, over this one's
     roofline   time that the products of the valid rows need at the GEMM speed measured in the same run, over ms: one
                product forward, 3 with the backward pass while logits are kept (6NHV), 4 beyond (8NHV)
+               On CPU that GEMM is torch.mm (MKL), as in the baseline; our `cpu` backend multiplies with oneDNN, so
+               values above 1, and much of its ratio, are the difference between the two libraries
     extra_MiB  peak of allocated memory beyond the inputs and the returned gradients; memory: share of the baseline's
     error      largest error of 16 log-probs against float64
 "speed" keeps the logits for the backward pass, "memory" has a small buffer, "invariant" is batch-invariant.
