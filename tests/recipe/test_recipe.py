@@ -175,7 +175,13 @@ def test_a_run_does_not_replace_the_model_that_it_starts_from(tmp_path: Path) ->
 def test_killed_in_the_middle_and_continued(file: Path, number: int) -> None:
     """Killed once the second step has begun; the files at the end are those of a run that was left alone."""
     driver = subprocess.Popen(
-        _command(file), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY
+        _command(file),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPOSITORY,
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert driver.stdout is not None
     for line in driver.stdout:
