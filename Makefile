@@ -12,10 +12,11 @@ NATIVE := $(wildcard csrc/*/*) CMakeLists.txt setup.py pyproject.toml $(CONSTRAI
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install quickstart test lint bench sanitize clean
+.PHONY: help install quickstart test soak lint bench sanitize clean
 help:
 	@echo "make quickstart   install and run the whole recipe on CPU (SEED=0); prints where the report is"
 	@echo "make test         ruff, mypy and pytest"
+	@echo "make soak         full counts of fault, fuzz and oracle cases (hours); updates benchmarks/results/soak.json"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        kernel and peer benchmarks at CPU sizes"
 	@echo "make sanitize     the C++ kernels under AddressSanitizer"
@@ -47,6 +48,9 @@ lint: $(VENV)/.test-installed
 
 test: lint
 	$(BIN)/pytest
+
+soak: $(VENV)/.test-installed
+	$(BIN)/pytest -m soak --timeout 14400 --soak-summary benchmarks/results/soak.json
 
 bench: $(VENV)/.test-installed
 	$(BIN)/tulu-hpc bench kernels --quick --output runs/bench
