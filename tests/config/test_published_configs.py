@@ -17,7 +17,7 @@ from tulu_hpc.models.build import build_model
 from tulu_hpc.parallel.layout import Layout, destroy, initialize_fake, layout_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-PUBLISHED = [f"tulu3/{size}/{stage}.yaml" for size in ("8b", "70b", "405b") for stage in ("sft", "dpo")]
+PUBLISHED = [f"tulu3/{size}/{stage}.yaml" for size in ("8b", "70b", "405b") for stage in ("sft", "sft_fixed", "dpo")]
 PUBLISHED.append("tulu3.1/8b/grpo.yaml")
 
 # Parameters at 128,256 vocabulary rows: 8B and 70B as the hub's safetensors index counts them.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
 
 from tests.data.builders import random_items
-from tulu_hpc.data.loader import ItemLoader, StepData, deal, pack_items, split_group
+from tulu_hpc.data.loader import ItemLoader, StepData, deal, pack_items, split_group, tokens_of
 from tulu_hpc.data.packed_batch import Item, TokenSequence, rows_of
 
 ITEMS = random_items("spgspgSPGspgspgspSpgs", seed=2)
@@ -98,6 +100,50 @@ def test_ranks_get_balanced_rows() -> None:
     for ranks in (2, 4, 8):
         loads = [sum(sizes[i] for i in hand) for hand in deal(sizes, ranks)]
         assert max(loads) - min(loads) <= max(sizes)
+
+
+def test_batches_counted_in_tokens() -> None:
+    def by_tokens(rank: int = 0, size: int = 1, **changes: object) -> ItemLoader:
+        return loader(rank, size, **{"global_batch_size": None, "global_batch_tokens": 90, **changes})
+
+    size = {item.id: tokens_of(item) for item in ITEMS}
+    steps = list(by_tokens())
+    assert len(steps) == by_tokens().num_steps > 2
+    for step, after in pairwise(steps):
+        assert sum(size[name] for name in step.item_ids) <= 90
+        assert sum(size[name] for name in step.item_ids) + size[after.item_ids[0]] > 90, "the next one had no room"
+    stream = [name for step in steps for name in step.item_ids]
+    assert stream == [name for step in loader() for name in step.item_ids], "the same stream, cut otherwise"
+    for changes in ({"size": 3}, {"share": False}, {"pack_rows": 96, "multiple": 8}):
+        assert [step.item_ids for step in by_tokens(**changes)] == [step.item_ids for step in steps]
+    again = by_tokens()
+    state = [again.next_step(), again.state_dict()][1]
+    other = by_tokens(1, 2)
+    other.load_state_dict(state)
+    assert [step.item_ids for step in other] == [step.item_ids for step in steps[1:]]
+    assert [len(step.item_ids) for step in by_tokens(global_batch_tokens=1, epochs=1)] == [1] * len(ITEMS)
+    assert by_tokens(epochs=None, steps=50).num_steps == 50
+    with pytest.raises(ValueError, match="not both"):
+        by_tokens(global_batch_size=3)
+
+
+def test_ranks_are_balanced_by_the_given_cost() -> None:
+    items = [Item("sequence", [TokenSequence(torch.arange(n))], id=str(n)) for n in (60, 60, *range(2, 32))]
+
+    def cost(item: Item) -> float:
+        return rows_of(item) ** 2
+
+    def loads(measure: Callable[[Item], float] | None) -> list[float]:
+        found = []
+        for rank in range(4):
+            step = ItemLoader(
+                items, global_batch_size=32, seed=0, steps=1, dp_rank=rank, dp_size=4, pack_rows=64, cost=measure
+            ).next_step()
+            found.append(sum(cost(items[[i.id for i in items].index(n)]) for p in step.packs for n in p.item_ids))
+        return found
+
+    by_rows, by_cost = loads(None), loads(cost)
+    assert max(by_cost) / (sum(by_cost) / 4) < 1.15 < max(by_rows) / (sum(by_rows) / 4)
 
 
 def test_a_rank_without_items_gets_one_empty_pack() -> None:

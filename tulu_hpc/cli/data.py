@@ -1,11 +1,14 @@
-"""data synthesize, mix, decontaminate and prefer."""
+"""data synthesize, mix, decontaminate, prefer, preview and samples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from tulu_hpc.cli.common import ConfigPath, Overrides, PrintConfig, load_and_run
+import typer
+
+from tulu_hpc.cli.common import ConfigPath, Overrides, PrintConfig, load_and_run, refuse_torchrun
 from tulu_hpc.config.schema import DecontaminateConfig, MixConfig, PreferConfig, SyntheticConfig
 
 
@@ -51,3 +54,30 @@ def prefer(config: ConfigPath, overrides: Overrides = None, print_config: PrintC
         return prefer.run
 
     load_and_run(config, overrides, PreferConfig, print_config, stage)
+
+
+def preview(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(help="Samples shown: longest, shortest, one per source, then random ones.")] = 24,
+    output: Annotated[Path | None, typer.Option(help="HTML file; by default masks.html in the run directory.")] = None,
+    verb: Annotated[str | None, typer.Option(help="sft or dpo; by default the file's own.")] = None,
+) -> None:
+    """A page that shows which tokens a training file would train, before it trains."""
+    from tulu_hpc.config.loader import ConfigError
+    from tulu_hpc.config.schema import RlvrConfig
+    from tulu_hpc.config.verbs import load_training_config
+    from tulu_hpc.stages import training_data
+
+    refuse_torchrun()
+    loaded = load_training_config(config, overrides or (), verb)
+    if isinstance(loaded, RlvrConfig):
+        raise ConfigError(f"{config}: rlvr trains on its own samples, there is nothing to show before it runs")
+    typer.echo(training_data.preview(loaded, rows=rows, output=output))
+
+
+def samples(run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of an sft or dpo run.")]) -> None:
+    """Prove from a run's log that no sample was left out or seen twice."""
+    from tulu_hpc.data import sample_log
+
+    typer.echo(sample_log.audit(run / "samples"))

@@ -34,6 +34,7 @@ MAY_DIFFER: tuple[str, ...] = (
     "train.log_every",
     "train.save_every",
     "train.keep_last",
+    "train.preview_rows",
     "model.logprob_buffer_mib",
     "verifier.workers",
     "verifier.max_lost_share",
@@ -82,6 +83,14 @@ class RunDirectory:
     @property
     def events(self) -> Path:
         return self.root / "events"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples"
+
+    @property
+    def masks(self) -> Path:
+        return self.root / "masks.html"
 
     @property
     def logs(self) -> Path:

@@ -29,6 +29,9 @@ class SftSection(Section):
         description="Sum of token losses over sum_divisor (Tulu 3), or over all trained tokens of the batch.",
     )
     sum_divisor: float | None = Field(default=None, gt=0, description="Empty: train.global_batch_size.")
+    neftune_alpha: float = Field(
+        default=0.0, ge=0, description="Noise on the embeddings (arXiv:2310.05914), in units of the paper; 0: none."
+    )
 
 
 class DpoSection(Section):
@@ -105,6 +108,12 @@ class StageConfig(Section):
 class SftConfig(StageConfig):
     train: TrainSection
     sft: SftSection = SftSection()
+
+    @model_validator(mode="after")
+    def _divisor(self) -> Self:
+        if self.sft.normalisation == "sum" and self.sft.sum_divisor is None and self.train.global_batch_size is None:
+            raise ValueError("sft.normalisation is sum and the batch is counted in tokens: give sft.sum_divisor")
+        return self
 
 
 class DpoConfig(StageConfig):

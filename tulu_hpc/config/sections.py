@@ -122,14 +122,28 @@ class TrainSection(LoopSection):
         default=None, ge=1, description="Stop after this many steps (the schedule ends there too)."
     )
     epochs: float | None = Field(default=None, gt=0)
-    global_batch_size: int = Field(
-        ge=1, description="Sequences (SFT) or pairs (DPO) per optimizer step, all ranks together."
+    global_batch_size: int | None = Field(
+        default=None, ge=1, description="Sequences (SFT) or pairs (DPO) per optimizer step, all ranks together."
+    )
+    global_batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Instead: most tokens per optimizer step, all ranks together; a prompt that several answers share "
+        "counts once.",
+    )
+    sample_log: bool = Field(
+        default=True, description="Write the ids of the samples of each step to {run.dir}/samples (`data samples`)."
+    )
+    preview_rows: int = Field(
+        default=12, ge=0, description="Samples shown with their label masks in {run.dir}/masks.html; 0: no such file."
     )
 
     @model_validator(mode="after")
     def _length(self) -> Self:
         if self.steps is None and self.epochs is None:
             raise ValueError("give train.steps or train.epochs")
+        if (self.global_batch_size is None) == (self.global_batch_tokens is None):
+            raise ValueError("give train.global_batch_size or train.global_batch_tokens, one of them")
         return self
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tulu_hpc.data.records import Message, message_dicts
+from tulu_hpc.data.records import Message, Tools, json_text, message_dicts
 
 # The text is that of Tulu 3 (open-instruct, dataset_transformation.py, key "tulu"): end-of-text closes every assistant
 # turn, a line break follows all but the last. Unlike there, an unknown role is an error and not silently left out.
@@ -129,15 +130,16 @@ class ChatTemplate:
             raise ValueError(f"data.chat_template {name!r}: need `tulu`, `tokenizer` or a Jinja file that exists")
         return cls(path.read_text(encoding="utf-8"), tokenizer, name=name)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The text of a conversation, special tokens written out.
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = ()) -> str:
+        """The text of a conversation, special tokens written out. `tools` are functions that it may call.
 
         Raises:
             MaskProofError: the template refuses the conversation or asks for something that is not in it.
         """
         try:
+            given = {"tools": list(tools)} if tools else {}
             return self._template.render(
-                messages=message_dicts(messages), add_generation_prompt=add_generation_prompt, **self._tokens
+                messages=message_dicts(messages), add_generation_prompt=add_generation_prompt, **self._tokens, **given
             )
         except jinja2.UndefinedError as error:
             raise MaskProofError(
@@ -149,50 +151,55 @@ class ChatTemplate:
                 f"{self.name}: refused by the template: {error.message}", messages[-1].content if messages else ""
             ) from None
 
-    def refuse_special_tokens(self, messages: Sequence[Message]) -> None:
+    def refuse_special_tokens(self, messages: Sequence[Message], tools: Tools = ()) -> None:
         """Content must not hold the text of a special token: it would be read as one (and could fake another turn).
 
         Raises:
             MaskProofError: with the message and the text around it.
         """
-        for index, message in enumerate(messages):
-            if found := self._special.search(message.content):
+        texts = [(f"messages[{i}]", message.content) for i, message in enumerate(messages)]
+        texts += [(f"messages[{i}]", json_text(message.extra)) for i, message in enumerate(messages) if message.extra]
+        texts += [(f"tools[{i}]", json_text(tool)) for i, tool in enumerate(tools)]
+        for where, text in texts:
+            if found := self._special.search(text):
                 raise MaskProofError(
-                    f"messages[{index}] contains the text of the special token {found.group()!r}",
-                    message.content[max(0, found.start() - 20) : found.end() + 20],
+                    f"{where} contains the text of the special token {found.group()!r}",
+                    text[max(0, found.start() - 20) : found.end() + 20],
                 )
 
-    def spans(self, messages: Sequence[Message]) -> list[Span]:
+    def spans(self, messages: Sequence[Message], tools: Tools = ()) -> list[Span]:
         """Cut the rendered conversation into trained and other text; the spans joined are the whole text.
 
         Raises:
             MaskProofError: with the span at which one of the module's conditions fails.
         """
-        self.refuse_special_tokens(messages)
-        full = self.render(messages)
+        self.refuse_special_tokens(messages, tools)
+        full = self.render(messages, tools=tools)
+        if tools:
+            self._expect_tools(full, messages, tools)
         spans: list[Span] = []
         end, done = 0, 0  # characters and messages accounted for
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            begin = self._prefix(full, messages[:index], generate=True)
+            begin = self._prefix(full, messages[:index], tools, generate=True)
             last = index + 1 == len(messages)
-            until = len(full) if last else self._prefix(full, messages[: index + 1], generate=False)
+            until = len(full) if last else self._prefix(full, messages[: index + 1], tools, generate=False)
             if begin < end or until < begin:
                 raise MaskProofError(
                     f"{self.name}: the turn of messages[{index}] overlaps the one before", full[min(begin, until) : end]
                 )
             self._expect(messages, range(done, index), full[end:begin])
-            turn = self._turn(full[begin:until], message.content, index)
+            turn = self._turn(full[begin:until], message, index)
             spans += [Span(full[end:begin]), Span(turn, index)]
             end, done = begin + len(turn), index + 1
         self._expect(messages, range(done, len(messages)), full[end:])
         spans.append(Span(full[end:]))
         return [span for span in spans if span.text]
 
-    def _prefix(self, full: str, messages: Sequence[Message], *, generate: bool) -> int:
+    def _prefix(self, full: str, messages: Sequence[Message], tools: Tools, *, generate: bool) -> int:
         """Length of the rendered prefix, which the whole conversation must begin with."""
-        text = self.render(messages, add_generation_prompt=generate)
+        text = self.render(messages, add_generation_prompt=generate, tools=tools)
         if not full.startswith(text):
             shorter = min(len(text), len(full))
             at = next((i for i in range(shorter) if text[i] != full[i]), shorter)
@@ -202,8 +209,11 @@ class ChatTemplate:
             )
         return len(text)
 
-    def _turn(self, text: str, content: str, index: int) -> str:
+    def _turn(self, text: str, message: Message, index: int) -> str:
         """The trained part of an assistant turn: content and end-of-turn token, without white space after it."""
+        if message.tool_calls:
+            return self._calling_turn(text, message, index)
+        content = message.content
         for body in (content, content.strip()):  # some templates trim what they are given
             if text.startswith(body):
                 rest = text[len(body) :]
@@ -219,6 +229,33 @@ class ChatTemplate:
             )
         return body + mark.group()
 
+    def _calling_turn(self, text: str, message: Message, index: int) -> str:
+        """The trained part of a turn that calls tools, whose wording is the template's: up to its last special token.
+
+        It must hold the content, then every call's name with each text and number of its arguments.
+        """
+        mark = next(iter(deque(self._special.finditer(text), maxlen=1)), None)
+        if mark is None or text[mark.end() :].strip():
+            raise MaskProofError(f"{self.name}: no end-of-turn token ends messages[{index}]", text[-40:])
+        at = 0
+        for call in message.tool_calls:
+            for part in (message.content.strip(), call["name"]):
+                at = self._find(part, text, at, f"{part!r} of messages[{index}]")
+            for value in _leaves(call["arguments"]):
+                self._find(value, text, at, f"the argument {value} of {call['name']} in messages[{index}]")
+        return text[: mark.end()]
+
+    def _find(self, part: str, text: str, at: int, what: str) -> int:
+        found = text.find(part, at)
+        if found < 0:
+            raise MaskProofError(f"{self.name}: {what} is not in the text where it belongs", text)
+        return found + len(part)
+
+    def _expect_tools(self, full: str, messages: Sequence[Message], tools: Tools) -> None:
+        """A template that ignores `tools` would train calls of functions that the model was never told of."""
+        if full == self.render(messages):
+            raise MaskProofError(f"{self.name}: does not show the {len(tools)} tools of the conversation", full[:80])
+
     def _expect(self, messages: Sequence[Message], indices: range, text: str) -> None:
         """Every message that is not trained must be in `text`, in order: the model has to see it."""
         at = 0
@@ -228,6 +265,20 @@ class ChatTemplate:
             if found < 0:
                 raise MaskProofError(f"{self.name}: messages[{index}] is not in the text where it belongs", text)
             at = found + len(content)
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Every text (as JSON writes it, without quotes) and number in a JSON value."""
+    if isinstance(value, Mapping):
+        for each in value.values():
+            yield from _leaves(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _leaves(each)
+    elif isinstance(value, str):
+        yield json.dumps(value, ensure_ascii=False)[1:-1]
+    elif value is not None and not isinstance(value, bool):
+        yield json.dumps(value)
 
 
 def _raise_exception(message: str) -> None:
@@ -241,17 +292,21 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def encode_conversations(
-    tokenizer: Any, template: ChatTemplate, conversations: Sequence[Sequence[Message]]
+    tokenizer: Any,
+    template: ChatTemplate,
+    conversations: Sequence[Sequence[Message]],
+    tools: Sequence[Tools] | None = None,
 ) -> list[Conversation | MaskProofError]:
-    """Encode conversations with their masks; one whose mask cannot be proven comes back as the error.
+    """Encode conversations with their masks; one whose mask cannot be proven comes back as the error. `tools` has one
+    entry per conversation.
 
     The text is encoded span by span, as a model meets it (a prompt, then its own tokens), and once as a whole; both
     must give the same tokens, so that no token belongs to two spans.
     """
     proven: list[list[Span] | MaskProofError] = []
-    for messages in conversations:
+    for messages, known in zip(conversations, tools or [()] * len(conversations), strict=True):
         try:
-            proven.append(template.spans(messages))
+            proven.append(template.spans(messages, known))
         except MaskProofError as error:
             proven.append(error)
     texts: list[str] = []
@@ -307,18 +362,18 @@ def encode_conversation(
     return result.token_ids, result.mask
 
 
-def render_prompt(template: ChatTemplate, messages: Sequence[Message]) -> str:
+def render_prompt(template: ChatTemplate, messages: Sequence[Message], tools: Tools = ()) -> str:
     """The text that an answer continues.
 
     Raises:
         MaskProofError: the conversation already ends with an answer, holds the text of a special token, or the template
             marks no place for an answer.
     """
-    template.refuse_special_tokens(messages)
+    template.refuse_special_tokens(messages, tools)
     if messages[-1].role == "assistant":
         raise MaskProofError("a prompt must not end with an assistant turn", messages[-1].content)
-    text = template.render(messages, add_generation_prompt=True)
-    if text == template.render(messages):
+    text = template.render(messages, add_generation_prompt=True, tools=tools)
+    if text == template.render(messages, tools=tools):
         raise MaskProofError(f"{template.name}: no generation prompt is added", text[-40:])
     return text
 

@@ -64,7 +64,8 @@ def sft_items(
     """
     items: Counted[Item] = Counted()
     for chunk in _chunks(records):
-        for record, result in zip(chunk, encode_conversations(tokenizer, template, [r.messages for r in chunk])):
+        conversations, tools = [r.messages for r in chunk], [r.tools for r in chunk]
+        for record, result in zip(chunk, encode_conversations(tokenizer, template, conversations, tools), strict=True):
             items.counts["rows"] += 1
             if isinstance(result, MaskProofError):
                 _refuse(items, record.id, record.source, result, on_error)
@@ -102,7 +103,7 @@ def preference_items(
     items: Counted[Item] = Counted()
     for chunk in _chunks(records):
         both = [r.prompt + answer for r in chunk for answer in (r.chosen, r.rejected)]
-        results = iter(encode_conversations(tokenizer, template, both))
+        results = iter(encode_conversations(tokenizer, template, both, [r.tools for r in chunk for _ in range(2)]))
         for record in chunk:
             items.counts["rows"] += 1
             sides = [next(results), next(results)]
@@ -152,7 +153,7 @@ def rlvr_prompts(
         for record in chunk:
             prompts.counts["rows"] += 1
             try:
-                texts.append(render_prompt(template, record.messages))
+                texts.append(render_prompt(template, record.messages, record.tools))
                 rendered.append(record)
             except MaskProofError as error:
                 _refuse(prompts, record.id, record.source, error, on_error)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +23,13 @@ class StepData:
         packs: this rank's packs, at least one (an empty one when no item was left for the rank).
         item_ids: ids of the whole global batch, all ranks, in stream order.
         num_items_global: items of the whole global batch.
+        step: steps taken, this one included.
     """
 
     packs: list[PackedBatch]
     item_ids: list[str]
     num_items_global: int
+    step: int = 0
 
 
 def split_group(item: Item, capacity: int, *, share: bool = True) -> list[Item]:
@@ -92,27 +95,39 @@ def _usable(capacity: int, multiple: int) -> int:
     return capacity // multiple * multiple
 
 
-def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Give items to ranks so that rows are balanced: largest first, each to the rank with the fewest rows."""
-    load = [(0, rank) for rank in range(ranks)]
+def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Give items to ranks so that cost is balanced: costliest first, each to the rank with the least so far.
+
+    Costs are rows or FLOPs. The fullest rank gets at most 4/3 of the best possible (Graham, 1969).
+    """
+    load: list[tuple[float, int]] = [(0, rank) for rank in range(ranks)]
     hands: list[list[int]] = [[] for _ in range(ranks)]
-    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        rows, rank = min(load)
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        cost, rank = heapq.heappop(load)
         hands[rank].append(index)
-        load[rank] = (rows + sizes[index], rank)
+        heapq.heappush(load, (cost + costs[index], rank))
     return [sorted(hand) for hand in hands]
+
+
+def tokens_of(item: Item) -> int:
+    """Tokens of an item, its prompt counted once: the same for every layout, packing and kind of prefix sharing."""
+    return item.prompt.numel() + sum(len(response) for response in item.responses)
 
 
 class ItemLoader:
     """An endless stream of epochs (each a seeded permutation of all items), cut into global batches.
 
-    A step takes the next `global_batch_size` items of the stream, whatever the parallel layout; these are dealt to the
-    data-parallel ranks by rows and packed best-fit per rank. The position counts items of the stream, so a run may
-    be resumed with another number of ranks and sees the same batches.
+    A step takes the next items of the stream, whatever the parallel layout: `global_batch_size` of them, or as many as
+    have `global_batch_tokens` together. They are dealt to the data-parallel ranks by cost and packed best-fit per rank.
+    The position counts items of the stream, so a run may be resumed with another number of ranks and sees the same
+    batches.
 
     Args:
         items: the whole data set, the same on every rank.
         global_batch_size: items per step, all ranks together.
+        global_batch_tokens: instead: most tokens per step (`tokens_of`), all ranks together; at least one item is
+            taken.
+        cost: of an item, in any unit; what the ranks' shares are balanced by. None: its rows.
         seed: of the permutations.
         epochs: length of the run in passes over the data; the last step takes what is left.
         steps: length of the run in steps; with `epochs` given too, the shorter one counts.
@@ -129,7 +144,8 @@ class ItemLoader:
         self,
         items: Sequence[Item],
         *,
-        global_batch_size: int,
+        global_batch_size: int | None = None,
+        global_batch_tokens: int | None = None,
         seed: int,
         epochs: float | None = None,
         steps: int | None = None,
@@ -140,17 +156,23 @@ class ItemLoader:
         multiple: int = 1,
         share: bool = True,
         pad_id: int = 0,
+        cost: Callable[[Item], float] | None = None,
     ) -> None:
         if not items:
             raise ValueError("the data set is empty: there is nothing to train on")
-        if global_batch_size < 1:
-            raise ValueError(f"global_batch_size is {global_batch_size}, need at least 1")
+        sizes = {"global_batch_size": global_batch_size, "global_batch_tokens": global_batch_tokens}
+        if sum(size is not None for size in sizes.values()) != 1:
+            raise ValueError("give global_batch_size or global_batch_tokens, not both")
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name} is {size}, need at least 1")
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank {dp_rank} is not in 0..{dp_size - 1}")
         if epochs is None and steps is None:
             raise ValueError("give epochs or steps")
         self._items = items
-        self._batch = global_batch_size
+        self._batch_items, self._batch_tokens = global_batch_size, global_batch_tokens
+        self._cost = cost or (lambda item: rows_of(item, share))
         self._seed = seed
         self._shuffle = shuffle
         self._dp_rank, self._dp_size = dp_rank, dp_size
@@ -158,20 +180,22 @@ class ItemLoader:
         self._multiple, self._share, self._pad_id = multiple, share, pad_id
         self._check_sizes()
         self._end = math.inf if epochs is None else max(1, round(epochs * len(items)))
-        limits = [] if steps is None else [steps]
-        if epochs is not None:
-            limits.append(math.ceil(self._end / global_batch_size))
-        self._num_steps = min(limits)
         self._step = 0
         self._position = 0
         self._epoch = -1
         self._order: list[int] = []
+        self._num_steps = self._steps_until(self._end, math.inf if steps is None else steps)
         self._fingerprint = _fingerprint(items)
 
     @property
     def num_steps(self) -> int:
         """Steps of the whole run, those already taken included."""
         return self._num_steps
+
+    @property
+    def item_ids(self) -> list[str]:
+        """Ids of the data set, in its order."""
+        return [item.id for item in self._items]
 
     @property
     def step(self) -> int:
@@ -186,10 +210,10 @@ class ItemLoader:
         """
         if self._step >= self._num_steps:
             raise RuntimeError(f"the loader has no step beyond {self._num_steps}")
-        count = int(min(self._batch, self._end - self._position))
+        count = self._take(self._position)
         batch = [self._items[self._index(self._position + i)] for i in range(count)]
         parts = [part for item in batch for part in split_group(item, self._capacity, share=self._share)]
-        hands = deal([rows_of(part, self._share) for part in parts], self._dp_size)
+        hands = deal([self._cost(part) for part in parts], self._dp_size)
         mine = [parts[i] for i in hands[self._dp_rank]]
         packs = pack_items(
             mine, capacity=self._capacity, multiple=self._multiple, share=self._share, pad_id=self._pad_id
@@ -197,7 +221,7 @@ class ItemLoader:
         packs = packs or [pack([], multiple=self._multiple, pad_id=self._pad_id)]
         self._position += count
         self._step += 1
-        return StepData(packs=packs, item_ids=[item.id for item in batch], num_items_global=count)
+        return StepData(packs=packs, item_ids=[item.id for item in batch], num_items_global=count, step=self._step)
 
     def __iter__(self) -> Iterator[StepData]:
         while self._step < self._num_steps:
@@ -224,6 +248,30 @@ class ItemLoader:
             if key not in ("step", "position") and state.get(key) != mine:
                 raise ValueError(f"cannot resume the data: {key} was {state.get(key)!r}, is now {mine!r}")
         self._step, self._position = int(state["step"]), int(state["position"])
+
+    def _take(self, position: int) -> int:
+        """Items of the step that begins at `position` of the stream."""
+        if self._batch_items is not None:
+            return int(min(self._batch_items, self._end - position))
+        assert self._batch_tokens is not None
+        count = tokens = 0
+        while position + count < self._end:
+            tokens += tokens_of(self._items[self._index(position + count)])
+            if count and tokens > self._batch_tokens:
+                break
+            count += 1
+        return count
+
+    def _steps_until(self, end: float, most: float) -> int:
+        if self._batch_items is not None:
+            return int(min(most, math.ceil(end / self._batch_items) if end < math.inf else most))
+        steps = position = 0
+        while position < end and steps < most:
+            if end == math.inf:
+                return int(most)  # nothing to count: the stream does not end
+            position += self._take(position)
+            steps += 1
+        return steps
 
     def _index(self, position: int) -> int:
         epoch, offset = divmod(position, len(self._items))

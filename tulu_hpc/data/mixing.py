@@ -117,6 +117,8 @@ def to_row(record: AnyRecord, source: str) -> dict[str, Any]:
         plain = len(record.dataset) == 1 and not isinstance(record.ground_truth[0], list)
         body["ground_truth"] = record.ground_truth[0] if plain else record.ground_truth
         body["dataset"] = record.dataset[0] if plain else record.dataset
+    if record.tools:
+        body["tools"] = list(record.tools)
     return {**body, "source": source, "id": record.id}
 
 

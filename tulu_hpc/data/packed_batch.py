@@ -115,6 +115,7 @@ class PackedBatch:
         per_sequence: columns [Q]; always `item` (index of the item in the pack) and `kind` (0 sequence, 1 chosen,
             2 rejected, 3 group member), both int64; the others float32, NaN for items that lack the column.
         item_ids, sources: one per item.
+        per_row: columns [T] that a stage adds after packing.
     """
 
     tokens_T: Tensor
@@ -128,6 +129,7 @@ class PackedBatch:
     per_sequence: dict[str, Tensor]
     item_ids: list[str]
     sources: list[str]
+    per_row: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -160,6 +162,7 @@ class PackedBatch:
             sequence_id_K=self.sequence_id_K.to(device),
             per_target={name: column.to(device) for name, column in self.per_target.items()},
             per_sequence={name: column.to(device) for name, column in self.per_sequence.items()},
+            per_row={name: column.to(device) for name, column in self.per_row.items()},
         )
 
 

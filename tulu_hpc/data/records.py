@@ -6,7 +6,8 @@
 | preference | `chosen`, `rejected` (messages or a string), optionally `prompt` (messages or a string) |
 | rlvr | `messages`, `ground_truth` (one or a list), `dataset` (one or a list: which verifier checks it) |
 
-All kinds may carry `source`. Other fields are ignored by the readers. No torch is imported here.
+All kinds may carry `source`, and `tools`: what the chat template is told of the functions that may be called. Other
+fields are ignored by the readers. No torch is imported here.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]:%+-]+)?")
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 ROLES = ("system", "user", "assistant", "tool")
+Tools = Sequence[Mapping[str, Any]]  # JSON schemas of functions, in the form that the chat template expects
 
 
 class RecordError(ValueError):
@@ -51,18 +53,29 @@ class _FieldError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn; `message["role"]` works too, as chat templates expect."""
+    """One turn; `message["role"]` works too, as chat templates expect.
+
+    Attributes:
+        role: one of ROLES.
+        content: may be empty for a tool's answer and for an assistant turn that calls tools.
+        extra: what else chat templates read, as plain JSON: `tool_calls` of an assistant turn (arguments as an object),
+            `tool_call_id` and `name` of a tool's answer.
+    """
 
     role: str
     content: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def __getitem__(self, key: str) -> str:
-        if key not in ("role", "content"):
-            raise KeyError(key)
-        return str(getattr(self, key))
+    def __getitem__(self, key: str) -> Any:
+        return self.to_dict()[key]
 
-    def to_dict(self) -> dict[str, str]:
-        return {"role": self.role, "content": self.content}
+    @property
+    def tool_calls(self) -> list[Mapping[str, Any]]:
+        """`{"name": ..., "arguments": {...}}` of each call."""
+        return [call["function"] for call in self.extra.get("tool_calls", [])]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"role": self.role, "content": self.content, **self.extra}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,7 @@ class SftRecord:
     messages: list[Message]
     source: str
     id: str
+    tools: Tools = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +97,7 @@ class PreferenceRecord:
     rejected: list[Message]
     source: str
     id: str
+    tools: Tools = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +109,7 @@ class RlvrRecord:
     dataset: list[str]
     source: str
     id: str
+    tools: Tools = ()
 
 
 NOT_TEXT = "holds half of a surrogate pair, which is no text"
@@ -189,7 +205,7 @@ def parse_record(row: Mapping[str, Any], kind: RecordKind, *, file: str, line: i
     Raises:
         RecordError: naming the field that does not fit the schema.
     """
-    parsers: dict[RecordKind, Callable[[Mapping[str, Any], str], AnyRecord]]
+    parsers: dict[RecordKind, Callable[[Mapping[str, Any], str, Tools], AnyRecord]]
     parsers = {"sft": _sft, "preference": _preference, "rlvr": _rlvr}
     source = row.get("source")
     try:
@@ -197,7 +213,7 @@ def parse_record(row: Mapping[str, Any], kind: RecordKind, *, file: str, line: i
             raise _FieldError("source", f"is {_show(source)}, need a string")
         if source is not None and not is_text(source):
             raise _FieldError("source", NOT_TEXT)
-        return parsers[kind](row, source or _stem(file))
+        return parsers[kind](row, source or _stem(file), _tools(row))
     except _FieldError as error:
         raise RecordError(str(error), file=file, line=line, field=error.field) from None
 
@@ -208,14 +224,14 @@ def content_id(*parts: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def _sft(row: Mapping[str, Any], source: str) -> SftRecord:
+def _sft(row: Mapping[str, Any], source: str, tools: Tools) -> SftRecord:
     messages = _messages(row, "messages")
     if not any(message.role == "assistant" for message in messages):
         raise _FieldError("messages", "has no assistant turn, there is nothing to train")
-    return SftRecord(messages, source, content_id(messages))
+    return SftRecord(messages, source, content_id(messages, *tools), tools)
 
 
-def _preference(row: Mapping[str, Any], source: str) -> PreferenceRecord:
+def _preference(row: Mapping[str, Any], source: str, tools: Tools) -> PreferenceRecord:
     sides = {}
     for name in ("chosen", "rejected"):
         if isinstance(row.get(name), str):
@@ -239,9 +255,8 @@ def _preference(row: Mapping[str, Any], source: str) -> PreferenceRecord:
                 f"{name}[{common}]", f"role is {side[common].role!r}; the first message that differs must be an answer"
             )
     prompt = chosen[:common]
-    return PreferenceRecord(
-        prompt, chosen[common:], rejected[common:], source, content_id(prompt, chosen[common:], rejected[common:])
-    )
+    answers = chosen[common:], rejected[common:]
+    return PreferenceRecord(prompt, *answers, source, content_id(prompt, *answers, *tools), tools)
 
 
 def _whole(lead: list[Message], name: str, side: list[Message]) -> list[Message]:
@@ -255,7 +270,7 @@ def _whole(lead: list[Message], name: str, side: list[Message]) -> list[Message]
     raise _FieldError("prompt", f"is not in {name}, which begins with a {side[0].role} turn of its own")
 
 
-def _rlvr(row: Mapping[str, Any], source: str) -> RlvrRecord:
+def _rlvr(row: Mapping[str, Any], source: str, tools: Tools) -> RlvrRecord:
     messages = _messages(row, "messages")
     if messages[-1].role == "assistant":
         raise _FieldError(f"messages[{len(messages) - 1}]", "the prompt ends with an assistant turn, nothing to answer")
@@ -273,7 +288,9 @@ def _rlvr(row: Mapping[str, Any], source: str) -> RlvrRecord:
             json_text(value)
         except ValueError as error:
             raise _FieldError(name, str(error)) from None
-    return RlvrRecord(messages, ground_truth, dataset, source, content_id(messages, ground_truth, dataset))
+    return RlvrRecord(
+        messages, ground_truth, dataset, source, content_id(messages, ground_truth, dataset, *tools), tools
+    )
 
 
 def _messages(row: Mapping[str, Any], name: str) -> list[Message]:
@@ -291,14 +308,77 @@ def _messages(row: Mapping[str, Any], name: str) -> list[Message]:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise _FieldError(f"{where}.role", f"is {_show(role)}, need one of {', '.join(ROLES)}")
+        extra = _extra(message, role, where)
+        if content is None and "tool_calls" in extra:
+            content = ""
         if not isinstance(content, str):
             raise _FieldError(f"{where}.content", f"is {_show(content)}, need a string")
         if not is_text(content):
             raise _FieldError(f"{where}.content", NOT_TEXT)
-        if not content.strip():
+        if not content.strip() and role != "tool" and "tool_calls" not in extra:
             raise _FieldError(f"{where}.content", "is empty")
-        messages.append(Message(role, content))
+        messages.append(Message(role, content, extra))
     return messages
+
+
+def _extra(message: Mapping[str, Any], role: str, where: str) -> dict[str, Any]:
+    """The parts of a message that only tools need; absent and null are the same, as tables have a column for all."""
+    extra: dict[str, Any] = {}
+    if calls := message.get("tool_calls"):
+        if role != "assistant":
+            raise _FieldError(f"{where}.tool_calls", f"belong to an assistant turn, not to {role!r}")
+        if not isinstance(calls, list):
+            raise _FieldError(f"{where}.tool_calls", f"is {_show(calls)}, need a list")
+        extra["tool_calls"] = [_tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
+    for name in ("tool_call_id", "name"):
+        value = message.get(name)
+        if role == "tool" and value:
+            if not isinstance(value, str) or not is_text(value):
+                raise _FieldError(f"{where}.{name}", f"is {_show(value)}, need a string")
+            extra[name] = value
+    return extra
+
+
+def _tool_call(call: object, where: str) -> dict[str, Any]:
+    """`{"id", "type": "function", "function": {"name", "arguments"}}`; arguments may come as the text of an object,
+    which is how tables hold objects of different keys."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise _FieldError(where, f"is {_show(call)}, need a function with a name and arguments")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise _FieldError(f"{where}.function.arguments", f"not JSON: {error}") from None
+    if not isinstance(arguments, Mapping):
+        raise _FieldError(f"{where}.function.arguments", f"is {_show(arguments)}, need an object")
+    try:
+        json_text(arguments)
+    except ValueError as error:
+        raise _FieldError(f"{where}.function.arguments", str(error)) from None
+    assert isinstance(call, Mapping)
+    named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {**named, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+
+
+def _tools(row: Mapping[str, Any]) -> Tools:
+    """The functions a conversation may call: a list of objects, or its text."""
+    value = row.get("tools")
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise _FieldError("tools", f"not JSON: {error}") from None
+    if not value:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise _FieldError("tools", f"is {_show(value)}, need a list of objects")
+    try:
+        json_text(value)
+    except ValueError as error:
+        raise _FieldError("tools", str(error)) from None
+    return tuple(value)
 
 
 def iterate_rows(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any] | RecordError]]:
@@ -462,7 +542,7 @@ def write_lines(path: str | Path, lines: Iterable[str]) -> int:
     return count
 
 
-def message_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
+def message_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as plain JSON objects."""
     return [message.to_dict() for message in messages]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.kernels import linear_logprob
+from tulu_hpc.models import embedding_noise
 from tulu_hpc.models.cache import DecodeParams
 from tulu_hpc.models.rope import angles, inverse_frequencies
 from tulu_hpc.parallel.context import RankBatch
@@ -91,6 +92,13 @@ class Llama(GPTModel):
         if self._inverse_frequency.device != position_ids.device:
             self._inverse_frequency = self._inverse_frequency.to(position_ids.device)
         cos_sin = angles(position_ids[0], self._inverse_frequency, self.config.params_dtype)
+        columns = getattr(kwargs.get("packed_seq_params"), "per_row", {})
+        if self.pre_process and embedding_noise.KEY in columns:
+            key_T, scale_T = columns[embedding_noise.KEY], columns[embedding_noise.SCALE]
+            if self.config.sequence_parallel:
+                group = self.pg_collection.tp
+                key_T, scale_T = (x.chunk(group.size())[group.rank()] for x in (key_T, scale_T))
+            decoder_input = embedding_noise.noisy(decoder_input, key_T, scale_T)
         return (decoder_input, cos_sin, *rest)
 
     def _postprocess(

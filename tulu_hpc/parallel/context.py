@@ -8,7 +8,7 @@ Shapes: T rows of the pack, K targets of the pack (Kr: of this rank), S segments
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -36,6 +36,7 @@ class PackParams(PackedSeqParams):
         plan: attention of this rank's rows over the keys of the whole pack, as the all-gather over the context-parallel
             ranks brings them together.
         row_K: [Kr] row (of this rank, after the sequence-parallel gather) whose hidden state predicts each target.
+        per_row: columns [T / cp] of the pack.
     """
 
     qkv_format: str = "thd"
@@ -43,6 +44,7 @@ class PackParams(PackedSeqParams):
     max_seqlen_kv: int = 1
     plan: AttentionPlan | None = None
     row_K: Tensor | None = None
+    per_row: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -168,6 +170,7 @@ def rank_batch(
         tokens, positions = batch.tokens_T, batch.position_ids_T
         keep = torch.ones(batch.num_targets, dtype=torch.bool)
         row_K, target_K = batch.hidden_row_K, batch.target_K
+        per_row = batch.per_row
     else:
         every = split_rows(batch, groups.cp_size, split)
         ranges = every[groups.cp_rank]
@@ -179,6 +182,7 @@ def rank_batch(
         row_K = local_row[batch.hidden_row_K]
         keep = row_K >= 0
         row_K, target_K = row_K[keep], batch.target_K[keep]
+        per_row = {name: column[mine] for name, column in batch.per_row.items()}
         gathered = torch.cat(rows)
         if not torch.equal(gathered, torch.arange(batch.num_rows)):
             key_order = gathered
@@ -198,6 +202,8 @@ def rank_batch(
         position_ids_1T=positions[None].to(device),
         target_K=target_K.to(device),
         keep_K=keep.to(device),
-        params=PackParams(plan=plan, row_K=row_K.to(device)),
+        params=PackParams(
+            plan=plan, row_K=row_K.to(device), per_row={name: column.to(device) for name, column in per_row.items()}
+        ),
         batch=batch.to(device),
     )

@@ -123,6 +123,7 @@ def sample_chunk(
                 "id": prompt.record.id,
                 "source": prompt.record.source,
                 "messages": message_dicts(prompt.record.messages),
+                "tools": list(prompt.record.tools),
                 "samples": [asdict(sample) for sample in samples],
                 "new_tokens": sum(len(completions[i].token_ids) for i in own),
             }
@@ -207,6 +208,7 @@ def _publish(
                     "prompt": row["messages"],
                     "chosen": [*row["messages"], {"role": "assistant", "content": pair.chosen.text}],
                     "rejected": [*row["messages"], {"role": "assistant", "content": pair.rejected.text}],
+                    **({"tools": row["tools"]} if row["tools"] else {}),
                     "chosen_score": pair.chosen.score,
                     "rejected_score": pair.rejected.score,
                     "source": row["source"],

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tulu_hpc.config.schema import SftConfig
 from tulu_hpc.data.loader import StepData
+from tulu_hpc.models.embedding_noise import add_noise_columns
 from tulu_hpc.models.llama import TokenLogprobs
 from tulu_hpc.objectives.sft import sft_terms
 from tulu_hpc.objectives.terms import Terms
@@ -41,7 +42,9 @@ def batch_loss(run: Run, config: SftConfig, data: StepData) -> LossFn:
     if config.sft.normalisation == "token_mean":
         divisor = float(global_counts(data.packs, run.groups).targets)
     else:
-        divisor = config.sft.sum_divisor or float(config.train.global_batch_size)
+        divisor = config.sft.sum_divisor or float(config.train.global_batch_size or 0)
+    if config.sft.neftune_alpha:
+        add_noise_columns(data.packs, alpha=config.sft.neftune_alpha, seed=config.run.seed, step=data.step)
 
     def loss(output: TokenLogprobs, batch: RankBatch) -> Terms:
         return sft_terms(output.logprobs_K, divisor=divisor)

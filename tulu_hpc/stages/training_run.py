@@ -14,14 +14,15 @@ from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.run_directory import RunDirectory
 from tulu_hpc.config.schema import DpoConfig, RlvrConfig, SftConfig
 from tulu_hpc.config.sections import ModelSection, RlvrTrainSection, TrainSection
+from tulu_hpc.data import sample_log
 from tulu_hpc.data.chat_template import ChatTemplate
-from tulu_hpc.data.datasets import preference_items, sft_items
 from tulu_hpc.data.loader import ItemLoader, StepData
 from tulu_hpc.data.packed_batch import Item
-from tulu_hpc.data.records import read_records
+from tulu_hpc.data.sample_log import SampleLog
 from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.models.convert import save_hf
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
+from tulu_hpc.stages.training_data import read_items, write_preview
 from tulu_hpc.telemetry.metrics import MetricLogger
 from tulu_hpc.telemetry.progress import Progress
 from tulu_hpc.training import checkpoint, determinism
@@ -111,21 +112,13 @@ def load_items(run: Run, kind: Literal["sft", "preference"]) -> tuple[list[Item]
         RecordError: a malformed row with its file, line and field (unless data.on_error is skip: counted and reported).
         MaskProofError: a conversation whose label mask cannot be proven, with the span.
     """
-    data = run.config.data
     tokenizer = load_tokenizer(run.config.model.path, run.architecture.vocab_size)
-    template = ChatTemplate.load(data.chat_template, tokenizer)
-    items: list[Item] = []
-    for path in data.path:
-        if kind == "sft":
-            sft = read_records(path, "sft", on_error=data.on_error)
-            skipped, found = sft.skipped, sft_items(sft, tokenizer, template, data.max_length, on_error=data.on_error)
-        else:
-            pairs = read_records(path, "preference", on_error=data.on_error)
-            skipped = pairs.skipped
-            found = preference_items(pairs, tokenizer, template, data.max_length, on_error=data.on_error)
-        items += found
-        malformed = f", {len(skipped)} malformed rows left out, the first: {skipped[0]}" if skipped else ""
-        run.say(f"{path}: {found.summary()}{malformed}")
+    items, lines = read_items(run.config.data, tokenizer, kind, run.say)
+    assert not isinstance(run.config, RlvrConfig)  # has prompts, not items
+    rows = run.config.train.preview_rows
+    if items and rows and run.groups.is_main:
+        title = f"{run.config.run.name}: what is trained"
+        write_preview(run.directory.masks, items, tokenizer, title=title, rows=rows, lines=lines)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return items, int(pad_id or 0)
 
@@ -137,6 +130,7 @@ def make_loader(run: Run, items: list[Item], *, pad_id: int) -> ItemLoader:
     return ItemLoader(
         items,
         global_batch_size=train.global_batch_size,
+        global_batch_tokens=train.global_batch_tokens,
         seed=run.config.run.seed,
         epochs=train.epochs,
         steps=train.steps,
@@ -199,13 +193,14 @@ def fit(run: Run, trainer: Trainer, loader: ItemLoader, make_loss: Callable[[Ste
     interval = 0.0 if total <= 20 else None
     progress = Progress(run.verb, total, start=trainer.step, enabled=main, interval=interval)
     stop = StopRequest(run.directory.stop_requested, run.directory.preempted, is_main=main)
-    with logger, progress, stop:
+    with logger, progress, stop, open_sample_log(run, loader, trainer.step) as samples:
         while trainer.step < total:
             started = time.perf_counter()
             data = loader.next_step()
             loss = make_loss(data)
             loaded = time.perf_counter()
             result = train_step(trainer, data.packs, loss, stop_requested=stop.pending())
+            samples.write(result.step, [i for pack in data.packs for i in pack.item_ids], batch=data.num_items_global)
             if main and (result.step % train.log_every == 0 or result.step == total):
                 elapsed = time.perf_counter() - started
                 logger.log(result.step, _metrics(result, elapsed, loaded - started, run.groups.world_size))
@@ -216,6 +211,18 @@ def fit(run: Run, trainer: Trainer, loader: ItemLoader, make_loss: Callable[[Ste
             if result.stop_requested and not last:
                 run.say(f"stopped on request after step {result.step}; start again to continue")
                 stop.acknowledge(result.step)
+
+
+def open_sample_log(run: Run, loader: ItemLoader, step: int) -> SampleLog:
+    """This process's log of the samples it trains on; one process per data-parallel rank writes. Collective."""
+    groups, folder = run.groups, run.directory.samples
+    assert not isinstance(run.config, RlvrConfig)  # keeps its samples itself
+    enabled = run.config.train.sample_log
+    if enabled and groups.is_main:
+        sample_log.begin(folder, loader.item_ids, resume_step=step)
+    groups.barrier()
+    writes = enabled and groups.tp_rank == groups.cp_rank == groups.pp_rank == 0
+    return SampleLog(folder, dp_rank=groups.dp_rank, resume_step=step, enabled=writes)
 
 
 def save(run: Run, trainer: Trainer, loader: ItemLoader, train: TrainSection | RlvrTrainSection) -> None:
@@ -239,6 +246,8 @@ def finish(run: Run, trainer: Trainer) -> Path:
             chat_template=exported_template(config) if run.groups.is_main else None,
         )
     if run.groups.is_main:
+        if not isinstance(config, RlvrConfig) and config.train.sample_log:
+            run.say(str(sample_log.audit(run.directory.samples)))
         exported = sorted(file.name for file in run.directory.hf.iterdir()) if config.train.export_hf else []
         mark = run.directory.root / FINISHED
         partial = mark.with_suffix(".partial")

@@ -1,0 +1,71 @@
+"""From `data.path` to items, for the stages that train on a fixed data set and for its preview."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from tulu_hpc.config.schema import DpoConfig, SftConfig
+from tulu_hpc.config.sections import DataSection
+from tulu_hpc.data.chat_template import ChatTemplate
+from tulu_hpc.data.datasets import preference_items, sft_items
+from tulu_hpc.data.packed_batch import Item
+from tulu_hpc.data.preview import preview_page
+from tulu_hpc.data.records import read_records
+from tulu_hpc.data.tokenizer import load_tokenizer
+
+Kind = Literal["sft", "preference"]
+
+
+def read_items(
+    data: DataSection, tokenizer: Any, kind: Kind, say: Callable[[str], None] = lambda line: None
+) -> tuple[list[Item], list[str]]:
+    """Every item of `data.path`, tokenised, and a line per path about what was cut and left out (also given to `say`).
+
+    Raises:
+        RecordError: a malformed row with its file, line and field (unless data.on_error is skip: counted and reported).
+        MaskProofError: a conversation whose label mask cannot be proven, with the span.
+    """
+    template = ChatTemplate.load(data.chat_template, tokenizer)
+    items: list[Item] = []
+    lines: list[str] = []
+    for path in data.path:
+        if kind == "sft":
+            sft = read_records(path, "sft", on_error=data.on_error)
+            skipped, found = sft.skipped, sft_items(sft, tokenizer, template, data.max_length, on_error=data.on_error)
+        else:
+            pairs = read_records(path, "preference", on_error=data.on_error)
+            skipped = pairs.skipped
+            found = preference_items(pairs, tokenizer, template, data.max_length, on_error=data.on_error)
+        items += found
+        malformed = f", {len(skipped)} malformed rows left out, the first: {skipped[0]}" if skipped else ""
+        lines.append(f"{path}: {found.summary()}{malformed}")
+        say(lines[-1])
+    return items, lines
+
+
+def preview(config: SftConfig | DpoConfig, *, rows: int, output: Path | None = None) -> Path:
+    """Write the page that shows what this file would train (verb `data preview`), and return where it lies.
+
+    Raises:
+        RecordError, MaskProofError: as `read_items`.
+        ValueError: no sample is left to train on.
+    """
+    kind: Kind = "sft" if isinstance(config, SftConfig) else "preference"
+    tokenizer = load_tokenizer(config.model.path)
+    items, lines = read_items(config.data, tokenizer, kind)
+    if not items:
+        raise ValueError(f"{', '.join(config.data.path)}: no sample is left to train on ({'; '.join(lines)})")
+    target = output or Path(config.run.dir or config.run.root) / "masks.html"
+    write_preview(target, items, tokenizer, title=f"{config.run.name}: what is trained", rows=rows, lines=lines)
+    return target
+
+
+def write_preview(target: Path, items: list[Item], tokenizer: Any, *, title: str, rows: int, lines: list[str]) -> None:
+    """Write the page of `data.preview`; it appears whole or not at all."""
+    text = preview_page(items, tokenizer, title=title, rows=rows, seed=0, summaries=lines)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(target)
