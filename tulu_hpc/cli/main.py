@@ -11,7 +11,7 @@ import sys
 import typer
 
 from tulu_hpc import __version__
-from tulu_hpc.cli import cluster, convert, data, tools, training
+from tulu_hpc.cli import audit, cluster, convert, data, tools, training
 from tulu_hpc.cli.common import EXIT_BAD_INPUT, rank_prefix, report_error, wants_traceback
 
 # typer carries its own copy of click from 0.20 on and used the installed one before; this is the right class in both.
@@ -60,6 +60,7 @@ app.add_typer(convert_app, name="convert")
 convert_app.command()(convert.initialise)
 app.command()(cluster.plan)
 app.command()(cluster.launch)
+app.command()(audit.audit)
 app.command()(tools.doctor)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(tools.bench)
 

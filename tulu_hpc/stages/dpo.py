@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tulu_hpc.config.schema import DpoConfig
 from tulu_hpc.data.loader import StepData
@@ -80,16 +81,23 @@ def batch_loss(run: Run, config: DpoConfig, data: StepData) -> LossFn:
             reference_sums_Q=pack.per_sequence.get(reference.COLUMN, none_Q),
             lengths_Q=sequence_lengths(pack.sequence_id_K, pack.num_sequences),
             global_pairs=data.num_items_global,
-            kind=config.dpo.kind,
             beta=config.dpo.beta,
             cp_group=group,
-            label_smoothing=config.dpo.label_smoothing,
-            gamma=config.dpo.gamma,
-            sft_weight=config.dpo.sft_weight,
-            weighting=config.dpo.weighting,
-            kl=config.dpo.kl_baseline,
-            desirable_weight=config.dpo.desirable_weight,
-            undesirable_weight=config.dpo.undesirable_weight,
+            **loss_options(config),
         )
 
     return loss
+
+
+def loss_options(config: DpoConfig) -> dict[str, Any]:
+    """The arguments of `kernels.preference_loss` that the configuration gives, beta aside."""
+    return {
+        "kind": config.dpo.kind,
+        "label_smoothing": config.dpo.label_smoothing,
+        "gamma": config.dpo.gamma,
+        "sft_weight": config.dpo.sft_weight,
+        "weighting": config.dpo.weighting,
+        "kl": config.dpo.kl_baseline,
+        "desirable_weight": config.dpo.desirable_weight,
+        "undesirable_weight": config.dpo.undesirable_weight,
+    }

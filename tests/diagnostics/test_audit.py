@@ -1,0 +1,222 @@
+"""The audit: it holds where the system is right, and finds faults planted in weights and modules from outside.
+
+Not proven here: that it would find every fault; each of these is one that has happened to somebody.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.parallel.forked import run_forked
+from tests.training import tiny_run
+from tulu_hpc.cli.main import app
+from tulu_hpc.config.verbs import load_training_config
+from tulu_hpc.diagnostics.certificate import Certificate, Check, Difference
+from tulu_hpc.models.build import unwrap
+from tulu_hpc.stages import audit, sft
+from tulu_hpc.training import trainer as trainer_module
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("audit")
+    inputs = tiny_run.write_inputs(folder)
+    for verb in ("sft", "dpo"):
+        tiny_run.write_config(tiny_run.config(inputs, folder / "run", verb), folder / f"{verb}.yaml")
+    return folder
+
+
+def audited(files: Path, verb: str, overrides: list[str], plant: Plant | None = None, **options: Any) -> Certificate:
+    config = load_training_config(files / f"{verb}.yaml", overrides)
+    assert isinstance(config, audit.AuditedConfig)
+    with pytest.MonkeyPatch.context() as patch:
+        if plant is not None:
+            plant(patch)
+        return audit.run(config, output=files / "certificate", rows=6, **options)
+
+
+def after_loading(patch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
+    """Change each model chunk once its weights are loaded."""
+    load = trainer_module.load_hf
+
+    def load_and_change(chunks: Any, *arguments: Any, **options: Any) -> None:
+        load(chunks, *arguments, **options)
+        for chunk in chunks:
+            change(unwrap(chunk))
+
+    patch.setattr(trainer_module, "load_hf", load_and_change)
+
+
+def swap_query_groups(patch: pytest.MonkeyPatch) -> None:
+    """The two key/value groups of layer 1, with their queries, change places."""
+
+    def change(model: Any) -> None:
+        for layer in model.decoder.layers:
+            if layer.layer_number == 2:
+                weight = layer.self_attention.linear_qkv.weight
+                with torch.no_grad():
+                    weight.copy_(torch.cat(weight.chunk(2)[::-1]))
+
+    after_loading(patch, change)
+
+
+def wrong_rope(patch: pytest.MonkeyPatch) -> None:
+    def change(model: Any) -> None:
+        model._inverse_frequency = model._inverse_frequency * 1.05
+
+    after_loading(patch, change)
+
+
+def change_packs(patch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
+    step = audit.one_batch
+
+    def changed(*arguments: Any) -> Any:
+        data = step(*arguments)
+        for pack in data.packs:
+            change(pack)
+        return data
+
+    patch.setattr(audit, "one_batch", changed)
+
+
+def labels_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    """Every row is asked for its own token instead of the next one."""
+
+    def change(pack: Any) -> None:
+        pack.target_K = pack.tokens_T[pack.hidden_row_K]
+
+    change_packs(patch, change)
+
+
+def rows_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    """Every token is scored at its own row instead of the one before."""
+
+    def change(pack: Any) -> None:
+        pack.hidden_row_K = (pack.hidden_row_K + 1).clamp(max=pack.num_rows - 1)
+
+    change_packs(patch, change)
+
+
+def norm_gradients_stay_local(patch: pytest.MonkeyPatch) -> None:
+    """Under sequence parallelism each rank keeps the gradient of its own rows."""
+    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")  # a function has this name too
+    patch.setattr(module, "_allreduce_non_tensor_model_parallel_grads", lambda *_, **__: None)
+
+
+def wrong_divisor(patch: pytest.MonkeyPatch) -> None:
+    terms = sft.sft_terms
+    patch.setattr(sft, "sft_terms", lambda logprobs_K, *, divisor: terms(logprobs_K, divisor=2 * divisor))
+
+
+# number of processes -> fault -> (how it is planted, verb, overrides, first check that fails, where)
+FAULTS: dict[int, dict[str, tuple[Plant, str, list[str], str, str]]] = {
+    1: {
+        "q/k groups": (swap_query_groups, "sft", [], "weights", "model.layers.1.self_attn.q_proj.weight"),
+        "rope": (wrong_rope, "sft", [], "hidden", "model.layers.0"),
+        "labels": (labels_off_by_one, "dpo", [], "logprobs", "sample 0"),
+        "rows": (rows_off_by_one, "dpo", ["train.prefix_sharing=false"], "hidden", "model.embed_tokens"),
+        "divisor": (wrong_divisor, "sft", ["sft.normalisation=token_mean"], "loss", "the batch"),
+    },
+    2: {
+        "all-reduce": (
+            norm_gradients_stay_local,
+            "dpo",
+            ["parallel.tensor=2"],
+            "gradients",
+            "model.layers.0.input_layernorm.weight",
+        ),
+    },
+}
+
+
+def all_faults(files: Path, world: int) -> dict[str, Certificate]:
+    return {
+        name: audited(files, verb, overrides, plant) for name, (plant, verb, overrides, *_) in FAULTS[world].items()
+    }
+
+
+@pytest.fixture(scope="module")
+def certificates(files: Path) -> dict[str, Certificate]:
+    return {name: each for world in FAULTS for name, each in run_forked(world, all_faults, files, world)[0].items()}
+
+
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world, faults in FAULTS.items() for name in faults])
+def test_planted_faults_are_found_and_named(certificates: dict[str, Certificate], world: int, name: str) -> None:
+    *_, check, place = FAULTS[world][name]
+    certificate = certificates[name]
+    assert not certificate.holds
+    failed = next(each for each in certificate.checks if not each.holds)
+    assert failed.name == check and failed.first_failure is not None
+    assert failed.first_failure.place.startswith(place), certificate.verdict()
+    assert place in certificate.verdict()
+
+
+def test_what_the_patterns_say(certificates: dict[str, Certificate]) -> None:
+    assert "every gradient is 0.5 times the true one" in certificates["divisor"].verdict()
+    by_name = {check.name: check for check in certificates["all-reduce"].checks}
+    failing = {each.place for each in by_name["gradients"].differences if not each.within(2e-4)}
+    assert failing and all("norm" in place for place in failing), "only the norms lack the all-reduce"
+    assert all(check.holds for name, check in by_name.items() if name != "gradients")
+    assert next(check.name for check in certificates["rope"].checks if check.holds) == "weights"
+
+
+def sound(files: Path, cases: list[tuple[str, list[str], dict[str, Any]]]) -> list[Certificate]:
+    return [audited(files, verb, overrides, **options) for verb, overrides, options in cases]
+
+
+def test_it_holds_at_several_layouts(files: Path) -> None:
+    cases: dict[int, list[tuple[str, list[str], dict[str, Any]]]] = {
+        1: [
+            ("sft", ["sft.normalisation=token_mean"], {}),
+            ("dpo", ["dpo.kind=simpo", "dpo.beta=2"], {"layers": 1}),
+            ("dpo", [], {"dtype": "bfloat16"}),
+        ],
+        2: [
+            ("sft", ["parallel.tensor=2", "train.recompute=full"], {}),
+            ("dpo", ["parallel.context=2"], {}),
+            ("sft", ["parallel.pipeline=2"], {}),
+            ("dpo", [], {}),
+        ],
+    }
+    for world, each in cases.items():
+        for (verb, overrides, options), certificate in zip(each, run_forked(world, sound, files, each)[0], strict=True):
+            assert certificate.holds, (verb, overrides, certificate.verdict())
+            layers = options.get("layers", 2)
+            counts = {check.name: len(check.differences) for check in certificate.checks}
+            assert counts["hidden"] == layers + 2 and counts["weights"] == counts["gradients"] == 3 + 9 * layers
+            assert counts["logprobs"] == (6 if verb == "sft" else 12)
+
+
+def test_the_verb(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "proof"
+
+    def verb(*more: str) -> Any:
+        return CliRunner().invoke(app, ["audit", str(files / "sft.yaml"), "--output", str(target), *more])
+
+    done = verb("--rows", "3")
+    assert done.exit_code == 0, done.output
+    written = json.loads((target / "audit.json").read_text())
+    assert written["holds"] and written["subject"]["samples"] and len(written["subject"]["model_hash"]) == 32
+    assert written["versions"]["torch"] == torch.__version__ and "lr: 0.003" in written["config"]
+    assert "holds" in (target / "audit.html").read_text()
+    wrong_divisor(monkeypatch)
+    assert verb("--rows", "3").exit_code == 1
+    assert not json.loads((target / "audit.json").read_text())["holds"]
+    assert verb("--dtype", "float8").exit_code != 0
+
+
+def test_nothing_compared_does_not_hold() -> None:
+    assert not Certificate({}, {}, []).holds
+    assert not Certificate({}, {}, [Check("weights", "d", 1.0, [])]).holds
+    nan = Check("loss", "d", 1.0, [Difference("a", 0.0), Difference("b", float("nan"))])
+    assert not nan.holds and nan.worst.place == "b" and nan.first_failure == nan.differences[1]

@@ -1,0 +1,99 @@
+"""What Hugging Face says about a few samples: the truth that an audit compares with.
+
+Everything here is written against transformers and the data contract alone; no pack, no kernel and no parallel code of
+ours takes part, so that a fault there cannot hide.
+
+Shapes: n scored tokens of a response, P probed ones of them, L layers, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from tulu_hpc.data.packed_batch import Item
+
+Place = tuple[str, int]  # id of the item, index of the response
+ItemLoss = Callable[[Item, Sequence[Tensor]], Tensor]  # log-probs [n] of each response -> this item's share of the loss
+PROBES = 4
+
+
+@dataclass
+class Truth:
+    """Results of one process.
+
+    Attributes:
+        logprobs: [n] fp32 of each response.
+        hidden: [L + 2, P, H] fp32 of each response: output of the embedding, of every layer and of the final norm, at
+            the tokens that predict the scored tokens `probes(n)`.
+        loss: of all samples.
+        gradients: of the loss, under Hugging Face's names.
+    """
+
+    logprobs: dict[Place, Tensor] = field(default_factory=dict)
+    hidden: dict[Place, Tensor] = field(default_factory=dict)
+    loss: float = 0.0
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+def probes(count: int) -> list[int]:
+    """Which of `count` scored tokens are compared layer by layer: the first, the last and some between."""
+    return sorted({round(i * (count - 1) / (PROBES - 1)) for i in range(PROBES)}) if count else []
+
+
+def scored_positions(item: Item, response: int) -> list[int]:
+    """Positions (prompt included) of the scored tokens of a response; a first token without prompt is not scored."""
+    own, start = item.responses[response], item.prompt.numel()
+    marks = [True] * len(own) if own.mask is None else own.mask.bool().tolist()
+    return [start + t for t, marked in enumerate(marks) if marked and start + t > 0]
+
+
+def load_model(path: Path, device: torch.device) -> Any:
+    """transformers' model in fp32."""
+    return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+
+
+def compute(path: Path, items: Sequence[Item], loss: ItemLoss, device: torch.device) -> Truth:
+    """Run the samples through Hugging Face's model one response at a time, with gradients.
+
+    Raises:
+        ValueError: a sample without any scored token.
+    """
+    model = load_model(path, device)
+    truth = Truth()
+    outputs: list[Tensor] = []
+    stages = [model.model.embed_tokens, *model.model.layers, model.model.norm]
+    handles = [stage.register_forward_hook(lambda *call: outputs.append(_tensor(call[2]))) for stage in stages]
+    for item in items:
+        logprobs = []
+        for index, response in enumerate(item.responses):
+            positions = scored_positions(item, index)
+            if not positions:
+                raise ValueError(f"item {item.id!r}: response {index} has no scored token")
+            whole = torch.cat((item.prompt, response.tokens)).to(device)
+            outputs.clear()
+            table = model(whole[None], use_cache=False).logits[0].log_softmax(-1)
+            before = torch.tensor(positions, device=device) - 1
+            logprobs.append(table[before, whole[before + 1]])
+            rows = before[probes(len(positions))]
+            truth.hidden[item.id, index] = torch.stack([each.detach()[0, rows] for each in outputs]).cpu()
+            truth.logprobs[item.id, index] = logprobs[-1].detach().cpu()
+        share = loss(item, logprobs)
+        share.backward()
+        truth.loss += float(share.detach())
+    for handle in handles:
+        handle.remove()
+    truth.gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return truth
+
+
+def _tensor(output: Any) -> Tensor:
+    found = output[0] if isinstance(output, tuple) else output
+    assert isinstance(found, Tensor)
+    return found

@@ -1,0 +1,306 @@
+"""Prove that a configuration (model, layout, data) computes what Hugging Face computes in one process."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tulu_hpc.config.architecture import Architecture
+from tulu_hpc.config.loader import dump_yaml
+from tulu_hpc.config.run_directory import RunDirectory
+from tulu_hpc.config.schema import DpoConfig, SftConfig
+from tulu_hpc.config.sections import ModelSection
+from tulu_hpc.data.loader import ItemLoader, StepData
+from tulu_hpc.data.packed_batch import Item
+from tulu_hpc.data.tokenizer import load_tokenizer
+from tulu_hpc.diagnostics import compare, hugging_face
+from tulu_hpc.diagnostics.certificate import Certificate, Check, Difference
+from tulu_hpc.diagnostics.hugging_face import ItemLoss, Truth
+from tulu_hpc.kernels import preference_loss
+from tulu_hpc.models.convert import copy_companions, iter_hf_tensors, write_config
+from tulu_hpc.models.names import hf_shapes
+from tulu_hpc.models.safetensors_files import HfDirectory, published, write_shards
+from tulu_hpc.objectives.terms import Terms
+from tulu_hpc.parallel.device import default_device
+from tulu_hpc.parallel.layout import Groups, initialize, layout_of
+from tulu_hpc.stages import dpo, sft, training_run
+from tulu_hpc.stages.training_data import read_items
+from tulu_hpc.stages.training_run import Run
+from tulu_hpc.training import determinism, reference
+from tulu_hpc.training.runner import LossFn, row_multiple
+from tulu_hpc.training.trainer import Trainer, build_trainer
+
+AuditedConfig = SftConfig | DpoConfig
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """Largest differences that pass; Hugging Face always runs in fp32.
+
+    hidden: of max|truth| per stage. logprobs: absolute, nats. loss: relative. gradients: per tensor, relative.
+    gradient_measure: "max" or "norm" (`compare.gradient_differences`).
+    """
+
+    hidden: float
+    logprobs: float
+    loss: float
+    gradients: float
+    gradient_measure: str
+
+
+# fp32: rounding through a few dozen layers, a hundred times less than the smallest fault. bf16: 8 bits per number,
+# random in sign, so that norms say more than extremes.
+TOLERANCES = {
+    "float32": Tolerances(hidden=1e-4, logprobs=2e-4, loss=1e-5, gradients=2e-4, gradient_measure="max"),
+    "bfloat16": Tolerances(hidden=6e-2, logprobs=0.5, loss=2e-2, gradients=0.1, gradient_measure="norm"),
+}
+
+
+def run(
+    config: AuditedConfig,
+    *,
+    output: Path,
+    rows: int = 8,
+    max_tokens: int = 512,
+    layers: int | None = None,
+    dtype: str = "float32",
+) -> Certificate:
+    """Audit a training file on this machine, at its layout (start it under torchrun as the training itself).
+
+    Args:
+        output: directory of `audit.json` and `audit.html`.
+        rows: samples of the data.
+        max_tokens: samples are cut to this length.
+        layers: audit only the first layers of the model, where the whole one does not fit one process.
+        dtype: of our side; the truth is computed in fp32.
+
+    Raises:
+        ConfigError, RecordError, LayoutError: naming the key, file, line or rank.
+    """
+    determinism.configure(deterministic=config.run.deterministic, threads=config.run.threads)
+    groups = initialize(
+        layout_of(config.parallel), seed=config.run.seed, timeout_minutes=config.run.distributed_timeout_minutes
+    )
+    model = config.model.model_copy(update={"dtype": dtype})
+    architecture = training_run.read_architecture(model)
+    if layers is not None and layers < architecture.num_hidden_layers:
+        model, architecture = first_layers(model, architecture, layers, output / "model", groups)
+    audited = config.model_copy(update={"model": model})
+    run = Run("audit", audited, groups, RunDirectory(output), architecture)
+    items, pad_id = sample(run, audited, rows, max_tokens)
+    truth = one_process_truth(run, audited, items)
+    trainer = audited_trainer(run, audited)
+    data = one_batch(run, audited, items, pad_id)
+    checks = list(compared(run, audited, trainer, data, truth, TOLERANCES[dtype]))
+    certificate = Certificate(
+        subject=subject(run, audited, items, data, dtype),
+        versions=_versions(),
+        checks=checks,
+        config=dump_yaml(audited),
+    )
+    certificate = groups.broadcast_object(certificate if groups.is_main else None)
+    if groups.is_main:
+        certificate.write(output)
+        if layers is not None:
+            shutil.rmtree(output / "model", ignore_errors=True)
+    return certificate
+
+
+def first_layers(
+    model: ModelSection, architecture: Architecture, layers: int, target: Path, groups: Groups
+) -> tuple[ModelSection, Architecture]:
+    """A copy of the model's first layers, with embedding, final norm and head, at `target`."""
+    short = architecture.model_copy(update={"num_hidden_layers": layers})
+    if groups.is_main:
+        directory, shapes = HfDirectory(model.path), hf_shapes(short)
+        some = next(iter(shapes))
+        dtype = directory.read(some, tuple(slice(0, 1) for _ in shapes[some])).dtype
+        stream = ((name, directory.read(name, tuple(slice(0, n) for n in shape))) for name, shape in shapes.items())
+        with published(target) as staging:
+            write_shards(stream, staging, shapes, dtype, 5e9)
+            write_config(staging, short, dtype, source=Path(model.path))
+            copy_companions(Path(model.path), staging)
+        directory.close()
+    groups.barrier()
+    return model.model_copy(update={"path": str(target), "architecture": None}), short
+
+
+def sample(run: Run, config: AuditedConfig, rows: int, max_tokens: int) -> tuple[list[Item], int]:
+    """A seeded choice of the data, renamed to its number in the audit; pairs get reference log-probs of their own.
+
+    These are drawn, not computed: a policy beside itself would have a loss that many faults leave alone.
+    """
+    tokenizer = load_tokenizer(config.model.path, run.architecture.vocab_size)
+    short = config.data.model_copy(update={"max_length": min(config.data.max_length, max_tokens)})
+    items, _ = read_items(short, tokenizer, "sft" if isinstance(config, SftConfig) else "preference", run.say)
+    generator = random.Random(config.run.seed)
+    chosen = generator.sample(range(len(items)), min(rows, len(items)))
+    named = [replace(items[index], id=f"{number} ({items[index].id})") for number, index in enumerate(chosen)]
+    if isinstance(config, DpoConfig):
+        for item in named:
+            lengths = [len(hugging_face.scored_positions(item, i)) for i in range(2)]
+            item.per_sequence[reference.COLUMN] = [-n * generator.uniform(1.0, 3.0) for n in lengths]
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return named, int(pad_id or 0)
+
+
+def one_process_truth(run: Run, config: AuditedConfig, items: Sequence[Item]) -> Truth:
+    """Computed by global rank 0; the others get all but the gradients."""
+    truth: Truth | None = None
+    if run.groups.is_main:
+        loss = sft_loss(config, items) if isinstance(config, SftConfig) else pair_loss(config, items)
+        truth = hugging_face.compute(Path(config.model.path), items, loss, default_device())
+    shared = run.groups.broadcast_object(None if truth is None else replace(truth, gradients={}))
+    assert isinstance(shared, Truth)
+    return truth or shared
+
+
+def sft_loss(config: SftConfig, items: Sequence[Item]) -> ItemLoss:
+    """Negative log-likelihood over the configured divisor."""
+    if config.sft.normalisation == "token_mean":
+        divisor = float(sum(len(hugging_face.scored_positions(item, 0)) for item in items))
+    else:
+        divisor = float(config.sft.sum_divisor or config.train.global_batch_size or 0)
+
+    def loss(item: Item, logprobs: Sequence[Tensor]) -> Tensor:
+        return -logprobs[0].sum() / divisor
+
+    return loss
+
+
+def pair_loss(config: DpoConfig, items: Sequence[Item]) -> ItemLoss:
+    """The specification of the configured loss (`kernels.preference_loss`, reference backend, fp64) over all pairs."""
+
+    def loss(item: Item, logprobs: Sequence[Tensor]) -> Tensor:
+        flat_K = torch.cat(list(logprobs)).double()
+        sizes = torch.tensor([len(each) for each in logprobs], device=flat_K.device)
+        sequence_K = torch.arange(2, device=flat_K.device).repeat_interleave(sizes)
+        sums_Q = torch.tensor(item.per_sequence[reference.COLUMN], dtype=torch.float32, device=flat_K.device)
+        pairs_P2 = torch.tensor([[0, 1]], device=flat_K.device)
+        out = preference_loss(
+            flat_K, sequence_K, sums_Q, pairs_P2, beta=config.dpo.beta, backend="reference", **dpo.loss_options(config)
+        )
+        return out.loss / len(items)
+
+    return loss
+
+
+def audited_trainer(run: Run, config: AuditedConfig) -> Trainer:
+    """As training builds it."""
+    return build_trainer(
+        model=config.model,
+        parallel=config.parallel,
+        optimizer=config.optimizer,
+        recompute=config.train.recompute,
+        total_steps=1,
+        groups=run.groups,
+        architecture=run.architecture,
+    )
+
+
+def one_batch(run: Run, config: AuditedConfig, items: list[Item], pad_id: int) -> StepData:
+    """All samples as one global batch, packed and dealt as training would."""
+    return ItemLoader(
+        items,
+        global_batch_size=len(items),
+        seed=config.run.seed,
+        steps=1,
+        shuffle=False,
+        dp_rank=run.groups.dp_rank,
+        dp_size=run.groups.dp_size,
+        pack_rows=config.train.pack_rows,
+        multiple=row_multiple(run.groups.layout, config.parallel.context_split),
+        share=config.train.prefix_sharing,
+        pad_id=pad_id,
+    ).next_step()
+
+
+def compared(
+    run: Run, config: AuditedConfig, trainer: Trainer, data: StepData, truth: Truth, allowed: Tolerances
+) -> list[Check]:
+    """Every check, in the order in which a fault shows. Complete on global rank 0. Collective."""
+    groups, architecture = run.groups, run.architecture
+    stored = iter_hf_tensors(trainer.models, architecture, groups)
+    weights = compare.weight_differences(stored, config.model.path)
+    layers = architecture.num_hidden_layers
+    with compare.captured(trainer.models, layers) as outputs:
+        logprobs = trainer.runner.logprobs(data.packs)
+    hidden = compare.hidden_differences(
+        outputs,
+        trainer.runner.prepare(data.packs),
+        truth,
+        groups,
+        layers=layers,
+        sequence_parallel=groups.layout.sequence_parallel,
+    )
+    scored = compare.logprob_differences(data.packs, logprobs, truth, groups)
+    loss_fn: LossFn
+    if isinstance(config, SftConfig):
+        loss_fn = sft.batch_loss(run, config, data)
+    else:
+        loss_fn = dpo.batch_loss(run, config, data)
+    trainer.zero_grad()
+    terms = trainer.runner.forward_backward(trainer.runner.prepare(data.packs), loss_fn)
+    loss = global_loss(groups, terms, whole_on_every_context_rank=isinstance(config, DpoConfig))
+    with compare.gradients_as_parameters(trainer.chunks, groups):
+        stream = iter_hf_tensors(trainer.models, architecture, groups)
+        gradients, remark = compare.gradient_differences(stream, truth, measure=allowed.gradient_measure)
+    relative = abs(loss - truth.loss) / max(abs(truth.loss), 1e-30)
+    measure = "max|d| / max|truth|" if allowed.gradient_measure == "max" else "|d| / |truth|"
+    return [
+        Check("weights", "max|d|", 0.0, weights),
+        Check("hidden", "max|d| / max|truth|", allowed.hidden, hidden),
+        Check("logprobs", "max|d|, nats", allowed.logprobs, scored),
+        Check("loss", "|d| / |truth|", allowed.loss, [Difference(f"the batch ({loss:.6g})", relative)], remark),
+        Check("gradients", measure, allowed.gradients, gradients, remark),
+    ]
+
+
+def global_loss(groups: Groups, terms: Sequence[Terms], *, whole_on_every_context_rank: bool) -> float:
+    """Sum over micro-batches and ranks of what each contributes to the loss."""
+    counts = groups.is_last_stage and groups.tp_rank == 0 and (groups.cp_rank == 0 or not whole_on_every_context_rank)
+    mine = sum(float(each.loss) for each in terms) if counts else 0.0
+    total = torch.tensor(mine, dtype=torch.float64, device=default_device())
+    if groups.world_size > 1:
+        dist.all_reduce(total)
+    return float(total)
+
+
+def subject(run: Run, config: AuditedConfig, items: Sequence[Item], data: StepData, dtype: str) -> dict[str, Any]:
+    """What the certificate is about. Collective."""
+    fingerprint = reference.weights_fingerprint(Path(config.model.path), run.groups, dtype=dtype)
+    packs = sum(len(share) for share in run.groups.all_gather_object(list(range(len(data.packs)))))
+    device = default_device()
+    parallel = config.parallel
+    layout = (
+        f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, virtual {parallel.virtual_pipeline or 1}, context "
+        f"{parallel.context}, sequence parallel {parallel.sequence_parallel}, data {run.groups.dp_size}"
+    )
+    return {
+        "model": config.model.path,
+        "model_hash": fingerprint,
+        "layers": run.architecture.num_hidden_layers,
+        "layout": layout,
+        "processes": run.groups.world_size,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "dtype": dtype,
+        "prefix_sharing": config.train.prefix_sharing,
+        "recompute": config.train.recompute,
+        "packs": packs,
+        "scored_tokens": sum(len(hugging_face.scored_positions(i, r)) for i in items for r in range(len(i.responses))),
+        "samples": [item.id for item in items],
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("tulu_hpc", "torch", "megatron-core", "transformers", "safetensors")
+    return {name: importlib.metadata.version(name) for name in names}
