@@ -76,7 +76,7 @@ def _changed(declared: inspect.Signature, what: str, name: str) -> inspect.Signa
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_every_planted_difference_is_named(name, monkeypatch, _version):
-    """Each parameter that an adapter relies on: renamed, gone, at another place, with another default; and a new one."""
+    """Each parameter that an adapter relies on: renamed, gone, elsewhere, with another default; and a new one."""
     planted = 0
     for number, wanted in enumerate(LIBRARIES[name].wanted):
         plain = signatures(name)
