@@ -23,6 +23,7 @@ from tests.kernels.fake_libraries import new_module
 from tests.models.reference import architecture
 from tulu_hpc.config.layer_spec import check_layer_spec, row_step
 from tulu_hpc.config.sections import ModelSection, ParallelSection
+from tulu_hpc.data.loader import _usable
 from tulu_hpc.models import transformer_engine
 from tulu_hpc.models.names import hf_shapes, mapping, merge_shards, read_local
 from tulu_hpc.models.transformer_engine import LayerSpecError, TransformerEngineOptions
@@ -165,15 +166,19 @@ def _minimal(name: str) -> dict[str, Any]:
         ({"fp8": "hybrid", "fp8_recipe": "blockwise"}, {}, 128),
         ({"fp8": "e4m3", "fp8_recipe": "mxfp8"}, {"tensor": 4}, 128),
         ({}, {"tensor": 4, "context": 2, "tp_comm_overlap": True}, 1000),
-        ({"fp8": "hybrid"}, {"tensor": 4, "context": 2, "tp_comm_overlap": True}, 1024),
-        ({"fp8": "hybrid", "fp8_recipe": "mxfp8"}, {"tensor": 2, "tp_comm_overlap": True}, 1024),
+        ({"fp8": "hybrid"}, {"tensor": 4, "context": 2, "tp_comm_overlap": True}, 896),
+        ({"fp8": "hybrid", "fp8_recipe": "mxfp8"}, {"tensor": 2, "tp_comm_overlap": True}, 768),
     ],
 )
 def test_rows_of_a_pack(fp8: dict[str, Any], parallel: dict[str, Any], rows: int) -> None:
-    """fp8 wants multiples on every rank; with overlap every pack has the same rows, at least train.pack_rows."""
+    """fp8 wants multiples on every rank; with overlap every pack has the same rows, all that train.pack_rows has."""
     section = ParallelSection(**parallel)
     step = row_step(ModelSection(path="x", **{**TE, **fp8}), section, pack_rows=1000)
     assert layout_of(section, step).row_multiple == rows
+    if section.tp_comm_overlap:
+        assert _usable(1000, rows) == rows  # what the loader fills a pack with
+        with pytest.raises(ValueError, match="train.pack_rows = 3: parallel.tp_comm_overlap needs packs of at least"):
+            row_step(ModelSection(path="x", **{**TE, **fp8}), section, pack_rows=3)
 
 
 # ------------------------------------------------------------------------------------------------------- the refusals

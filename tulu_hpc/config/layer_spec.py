@@ -28,11 +28,20 @@ def check_layer_spec(model: ModelSection, parallel: ParallelSection, *, decodes:
 
 
 def row_step(model: ModelSection, parallel: ParallelSection, pack_rows: int) -> int:
-    """The rows of a pack per rank that splits them must be a multiple of this; with tp_comm_overlap, exactly this."""
+    """The rows of a pack per rank that splits them must be a multiple of this; with tp_comm_overlap, exactly this.
+
+    Raises:
+        ValueError: with tp_comm_overlap, `pack_rows` is less than the ranks need.
+    """
     step = 1 if model.fp8 == "none" else _ROWS[model.fp8_recipe]
     if not parallel.tp_comm_overlap:
         return step
     if model.fp8 != "none" and model.fp8_recipe == "mxfp8":
         step = 128  # what Transformer Engine's communication buffers divide into
     ranks = parallel.context * parallel.tensor
-    return -(-pack_rows // (ranks * step)) * step
+    if pack_rows < ranks * step:
+        raise ValueError(
+            f"train.pack_rows = {pack_rows}: parallel.tp_comm_overlap needs packs of at least {ranks * step} rows here, "
+            f"{step} on each of the {ranks} ranks that split them"
+        )
+    return pack_rows // (ranks * step) * step

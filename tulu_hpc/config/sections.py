@@ -94,7 +94,7 @@ class ParallelSection(Section):
     tp_comm_overlap: bool = Field(
         default=False,
         description="Overlap tensor-parallel communication with GEMMs; needs model.layer_spec transformer_engine and "
-        "sequence parallelism. Every pack is padded to train.pack_rows.",
+        "sequence parallelism. Every pack is padded to train.pack_rows, rounded down to what the ranks divide.",
     )
     account_for_embedding_in_pipeline_split: bool = False
     account_for_loss_in_pipeline_split: bool = False

@@ -247,9 +247,9 @@ def _mark_split_weights(chunk: torch.nn.Module, dimensions: dict[type, int]) -> 
     """
     for module in chunk.modules():
         dimension = dimensions.get(type(module))
-        if dimension is not None and module.weight is not None:
-            module.weight.tensor_model_parallel = True
-            module.weight.partition_dim, module.weight.partition_stride = dimension, 1
+        weight: Any = getattr(module, "weight", None)
+        if dimension is not None and weight is not None:
+            weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dimension, 1
 
 
 def unwrap(chunk: torch.nn.Module) -> Llama:
