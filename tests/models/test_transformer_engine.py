@@ -177,7 +177,7 @@ def test_rows_of_a_pack(fp8: dict[str, Any], parallel: dict[str, Any], rows: int
     assert layout_of(section, step).row_multiple == rows
     if section.tp_comm_overlap:
         assert _usable(1000, rows) == rows  # what the loader fills a pack with
-        with pytest.raises(ValueError, match="train.pack_rows = 3: parallel.tp_comm_overlap needs packs of at least"):
+        with pytest.raises(ValueError, match=r"train\.pack_rows = 3: parallel.tp_comm_overlap needs packs of at least"):
             row_step(ModelSection(path="x", **{**TE, **fp8}), section, pack_rows=3)
 
 

@@ -41,7 +41,7 @@ def row_step(model: ModelSection, parallel: ParallelSection, pack_rows: int) -> 
     ranks = parallel.context * parallel.tensor
     if pack_rows < ranks * step:
         raise ValueError(
-            f"train.pack_rows = {pack_rows}: parallel.tp_comm_overlap needs packs of at least {ranks * step} rows here, "
+            f"train.pack_rows = {pack_rows}: parallel.tp_comm_overlap needs packs of at least {ranks * step} rows, "
             f"{step} on each of the {ranks} ranks that split them"
         )
     return pack_rows // (ranks * step) * step
