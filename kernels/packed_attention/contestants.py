@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tulu_hpc.kernels.packed_attention import flash
 from tulu_hpc.kernels.packed_attention.ops import packed_attention
-from tulu_hpc.kernels.packed_attention.plan import AttentionPlan, plan_attention
+from tulu_hpc.kernels.packed_attention.plan import STRATEGIES, AttentionPlan, plan_attention
 from tulu_hpc.kernels.packed_attention.reference import attention_dense
 from tulu_hpc.kernels.packed_attention.select import BACKENDS, refusal
 from tulu_hpc.kernels.registry import USABLE, available_backends
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+_LIBRARIES = [name for name in flash.NAMED if name != "flash:aten"]
 
 
 class Unavailable(Exception):
@@ -93,16 +95,15 @@ def error(make: Maker, pack: Pack) -> float:
 
 def of(layout: str, device: str) -> dict[str, Maker]:
     """Contestants by name; each makes its function for a pack, or raises Unavailable."""
-    library = "flash" if device == "cuda" else "cpu"
+    libraries = list(flash.NAMED) if device == "cuda" else ["cpu"]
     if layout == "shared":
         return {
-            f"{library} repeat": _ours(library, "repeat"),
-            f"{library} merge": _ours(library, "merge"),
+            **{f"{name} {how}": _ours(name, how) for name in libraries for how in STRATEGIES},
             "triton": _ours("triton", None),
             "flex": _flex,
         }
     return {
-        library: _ours(library, None),
+        **{name: _ours(name, None) for name in libraries},
         "triton": _ours("triton", None),
         "varlen_attn": _varlen,
         "sdpa": _sdpa,
@@ -114,13 +115,13 @@ def of(layout: str, device: str) -> dict[str, Maker]:
 
 @contextlib.contextmanager
 def findings(name: str) -> Iterator[None]:
-    """What another library raises is a finding, as Unavailable; what one of our backends raises is an error."""
+    """What another library raises is a finding, as Unavailable; what one of our kernels raises is an error."""
     try:
         yield
     except Unavailable:
         raise
     except Exception as reason:
-        if name.split()[0] in BACKENDS:
+        if name.split()[0] in BACKENDS and name.split()[0] not in _LIBRARIES:
             raise
         lines = [line for line in str(reason).strip().splitlines() if line] or [""]
         raise Unavailable(f"{type(reason).__name__}: {lines[0][:120]}") from reason

@@ -17,8 +17,12 @@ from tulu_hpc.kernels.packed_attention.select import default, refusal
 from tulu_hpc.kernels.registry import USABLE, BackendError, choose, record, register
 
 OP = "packed_attention"
-_BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton_backend, "flash": flash}
-register(OP, {"reference": lambda: USABLE, "cpu": cpu.status, "triton": triton_support.status, "flash": flash.status})
+_BACKENDS: dict[str, Any] = {"reference": reference, "cpu": cpu, "triton": triton_backend, **flash.BACKENDS}
+register(
+    OP,
+    {"reference": lambda: USABLE, "cpu": cpu.status, "triton": triton_support.status, flash.NAME: flash.status}
+    | {name: functools.partial(flash.status, name.partition(":")[2]) for name in flash.NAMED},
+)
 
 
 def packed_attention(
@@ -39,7 +43,9 @@ def packed_attention(
         scale: of the scores; default D ** -0.5.
         backend: "reference" (dense mask), "cpu", "triton" or "flash"; None chooses by device: "cpu" on CPU; on CUDA
             "flash", "triton" for what flash does not take (fp32, unusual head dims), and "reference" for what neither
-            takes (fp64): right, but with a [N, T, M] score matrix. `plan.describe()` says which and why.
+            takes (fp64): right, but with a [N, T, M] score matrix. "flash" runs the best library that is installed for
+            the GPU; "flash:aten", "flash:fa2", "flash:fa3", "flash:fa4" and "flash:te" (cuDNN by Transformer Engine)
+            name one. `plan.describe()` says which and why.
 
     Returns:
         [T, N, D] in the dtype of q.
@@ -63,6 +69,8 @@ def packed_attention(
     reason = refusal(name, q_TND.device.type, q_TND.dtype, plan.head_dim)
     if reason is not None:
         raise BackendError(f"{OP}: backend {name!r} {reason}; backend='reference' takes all")
+    if name == flash.NAME:
+        name = flash.resolve(q_TND.dtype, plan.head_dim)
     scale = plan.head_dim**-0.5 if scale is None else scale
     return torch.ops.tulu_hpc.packed_attention(q_TND, k_MND, v_MND, plan.handle, scale, name)[0]
 

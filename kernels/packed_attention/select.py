@@ -11,7 +11,7 @@ from tulu_hpc.kernels import triton_support
 from tulu_hpc.kernels.packed_attention import flash, triton_backend
 from tulu_hpc.kernels.registry import USABLE
 
-BACKENDS = ("reference", "cpu", "triton", "flash")
+BACKENDS = ("reference", "cpu", "triton", flash.NAME, *flash.NAMED)
 
 
 class Choice(NamedTuple):
@@ -26,10 +26,10 @@ def refusal(backend: str, device_type: str, dtype: torch.dtype, head_dim: int) -
     """Why `backend` does not take such tensors, None if it does. Whether it can run at all is asked elsewhere."""
     if backend == "cpu" and device_type != "cpu":
         return f"cannot run on tensors of device {device_type}"
-    if backend == "flash":
+    if backend == flash.NAME or backend in flash.NAMED:
         if device_type != "cuda":
             return f"cannot run on tensors of device {device_type}"
-        return flash.refusal(dtype, head_dim)
+        return flash.refusal(dtype, head_dim, backend.partition(":")[2] or None)
     if backend == "triton":
         if device_type != "cuda" and not triton_support.interpreting():
             return f"cannot run on tensors of device {device_type}"
@@ -42,9 +42,9 @@ def default(device_type: str, dtype: torch.dtype, head_dim: int) -> Choice:
     if device_type != "cuda":
         return Choice("cpu", f"the default on {device_type}")
     no_flash = flash.refusal(dtype, head_dim)
-    if no_flash is None and flash.status() == USABLE:
-        return Choice("flash", f"the default on cuda for {dtype} and head dim {head_dim}")
-    no_flash = no_flash or flash.status()
+    if no_flash is None:
+        # A library that is installed and broken is no reason to run another one: naming it raises.
+        return Choice(flash.NAME, f"the default on cuda for {dtype} and head dim {head_dim}")
     no_triton = triton_backend.refusal(dtype, head_dim)
     if no_triton is None and triton_support.status() == USABLE:
         return Choice("triton", f"flash {no_flash}")

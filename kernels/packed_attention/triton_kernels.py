@@ -8,6 +8,7 @@ Nothing is added atomically: a program owns what it writes.
 """
 
 import itertools
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -322,52 +323,65 @@ def sum_copies_kernel(part, order, offsets, out, width, BLOCK: tl.constexpr):
 
 
 def ahead_of_time() -> list[Case]:
-    """bf16 at head dims 64, 128 and 256 with 4 and 8 query heads to a key head, and the small kernels."""
+    """bf16 at head dims 64, 128, 256 with 4 and 8 query heads to a key head; fp16 and fp32; the small kernels."""
     import torch
 
-    pointers = dict.fromkeys(("q", "k", "v", "out"), "*bf16")
-    numbers = {"heads": "i32", "kv_heads": "i32", "scale": "fp32"}
     found = []
     for head_dim, permuted in itertools.product((64, 128, 256), (False, True)):
-        sizes = tiles(head_dim, torch.bfloat16, permuted)
-        group = 8 if permuted else 4  # the ratio is a loop bound, both in one go
-        kernels = {
-            "forward": (
-                forward_kernel,
-                sizes.forward,
-                {**pointers, "lse": "*fp32", "tables": "*i32", "key_rows": "*i32", **numbers},
-            ),
-            "query_gradient": (
-                query_gradient_kernel,
-                sizes.query_gradient,
-                {"grad": "*bf16", **pointers, "lse": "*fp32", "dq": "*bf16", "levels": "*fp32", "deltas": "*fp32"}
-                | {"tables": "*i32", "key_rows": "*i32", "queries": "i32", **numbers},
-            ),
-            "key_gradient": (
-                key_gradient_kernel,
-                sizes.key_gradient,
-                {"grad": "*bf16", "q": "*bf16", "k": "*bf16", "v": "*bf16", "levels": "*fp32", "deltas": "*fp32"}
-                | {"dk": "*bf16", "dv": "*bf16", "partial": "*fp32", "parts": "*i32", "visits": "*i32"}
-                | {"key_rows": "*i32", "queries": "i32", **numbers},
-            ),
-        }
-        for name, (kernel, tile, signature) in kernels.items():
-            for what in sizes.key_passes if name == "key_gradient" else [{}]:
-                one = "" if len(what) == 0 or all(what.values()) else "_dk" if what["OF_KEYS"] else "_dv"
-                found.append(
-                    Case(
-                        f"packed_attention/{name}{one}/d{head_dim}_g{group}{'_permuted' if permuted else ''}",
-                        kernel,
-                        signature,
-                        {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_M": tile.queries}
-                        | {"BLOCK_N": tile.keys, "PERMUTED": permuted, **what},
-                        num_warps=tile.num_warps,
-                        num_stages=tile.num_stages,
-                        aligned=[name for name, kind in signature.items() if kind.startswith("*")],
-                        tensor_core=True,
-                    )
-                )
+        found += _attention_cases(head_dim, permuted, torch.bfloat16)
+    for head_dim in (64, 128, 256):
+        found += _attention_cases(head_dim, False, torch.float16)
+    for head_dim in (64, 128):
+        found += _attention_cases(head_dim, False, torch.float32)
     return found + _small_cases(tiles(128, torch.bfloat16, True).key_gradient.keys)
+
+
+def _attention_cases(head_dim: int, permuted: bool, dtype: Any) -> list[Case]:
+    """The three kernels; fp32 is multiplied without tensor cores."""
+    kind = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(dtype).removeprefix("torch.")]
+    sizes = tiles(head_dim, dtype, permuted)
+    group = 8 if permuted else 4  # the ratio is a loop bound, both in one go
+    of = lambda *names: dict.fromkeys(names, f"*{kind}")  # noqa: E731
+    numbers = {"heads": "i32", "kv_heads": "i32", "scale": "fp32"}
+    kernels = {
+        "forward": (
+            forward_kernel,
+            sizes.forward,
+            {**of("q", "k", "v", "out"), "lse": "*fp32", "tables": "*i32", "key_rows": "*i32", **numbers},
+        ),
+        "query_gradient": (
+            query_gradient_kernel,
+            sizes.query_gradient,
+            {**of("grad", "q", "k", "v", "out"), "lse": "*fp32", **of("dq"), "levels": "*fp32", "deltas": "*fp32"}
+            | {"tables": "*i32", "key_rows": "*i32", "queries": "i32", **numbers},
+        ),
+        "key_gradient": (
+            key_gradient_kernel,
+            sizes.key_gradient,
+            {**of("grad", "q", "k", "v"), "levels": "*fp32", "deltas": "*fp32", **of("dk", "dv")}
+            | {"partial": "*fp32", "parts": "*i32", "visits": "*i32"}
+            | {"key_rows": "*i32", "queries": "i32", **numbers},
+        ),
+    }
+    ending = ("" if kind == "bf16" else f"_{kind}") + ("_permuted" if permuted else "")
+    found = []
+    for name, (kernel, tile, signature) in kernels.items():
+        for what in sizes.key_passes if name == "key_gradient" else [{}]:
+            one = "" if len(what) == 0 or all(what.values()) else "_dk" if what["OF_KEYS"] else "_dv"
+            found.append(
+                Case(
+                    f"packed_attention/{name}{one}/d{head_dim}_g{group}{ending}",
+                    kernel,
+                    signature,
+                    {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_M": tile.queries}
+                    | {"BLOCK_N": tile.keys, "PERMUTED": permuted, **what},
+                    num_warps=tile.num_warps,
+                    num_stages=tile.num_stages,
+                    aligned=[name for name, pointer in signature.items() if pointer.startswith("*")],
+                    tensor_core=kind != "fp32",
+                )
+            )
+    return found
 
 
 def _small_cases(block_n: int) -> list[Case]:

@@ -26,6 +26,9 @@ from tests.kernels import test_preference_loss as preference_loss
 from tests.kernels import test_rope as rope
 from tests.kernels import test_value_loss as value_loss
 from tulu_hpc.kernels import build_info
+from tulu_hpc.kernels.packed_attention import flash
+from tulu_hpc.kernels.packed_attention.providers import PROVIDERS
+from tulu_hpc.kernels.packed_attention.select import refusal
 
 LOSSES = {"cpu": "triton"}
 small_tiles = attention_triton.small_tiles  # a fixture of its tests, which find the GPU themselves
@@ -71,13 +74,18 @@ class TestPackedAttention:
 
     @pytest.mark.parametrize("head_dim", [64, 128, 256])
     @pytest.mark.parametrize("strategy", ["repeat", "merge"])
+    @pytest.mark.parametrize("library", flash.NAMED)
     @settings(max_examples=10, deadline=None, derandomize=True)
     @given(pack=attention.packs(), heads=st.sampled_from([(4, 4), (8, 2), (8, 1)]))
-    def test_flash(self, pack, heads, strategy: str, head_dim: int) -> None:
-        """torch's own flash attention under both strategies, in bf16."""
+    def test_flash(self, pack, heads, library: str, strategy: str, head_dim: int) -> None:
+        """Every library that is installed, under both strategies, in bf16. What is installed and broken fails."""
+        state = PROVIDERS[library.partition(":")[2]].state()
+        reason = state.text if state.kind == "absent" else None
+        if not REHEARSAL and (reason := reason or refusal(library, "cuda", torch.bfloat16, head_dim)):
+            pytest.skip(reason)
         cu, prefix = pack
         plan = attention.make_plan(cu, prefix, heads=heads[0], kv_heads=heads[1], head_dim=head_dim, strategy=strategy)
-        found = attention.run(plan, torch.bfloat16, "cpu" if REHEARSAL else "flash")
+        found = attention.run(plan, torch.bfloat16, "cpu" if REHEARSAL else library)
         for mine, want in zip(found, attention.oracle(plan, torch.bfloat16)):
             largest = float(want.detach().abs().max()) if want.numel() else 0.0
             torch.testing.assert_close(mine.double(), want, rtol=0, atol=2e-2 * max(1.0, largest))

@@ -15,10 +15,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels.fake_libraries import dense_backward, dense_forward
 from tulu_hpc.kernels import BackendError, last_backend, packed_attention, plan_attention, triton_support
 from tulu_hpc.kernels.packed_attention import flash, ops, parts, select, triton_backend, triton_plan
 from tulu_hpc.kernels.packed_attention import plan as plan_module
 from tulu_hpc.kernels.packed_attention.plan import AttentionPlan
+from tulu_hpc.kernels.packed_attention.providers.aten import Aten
 from tulu_hpc.kernels.packed_attention.reference import attention_dense, forward, visible
 from tulu_hpc.kernels.packed_attention.triton_plan import EVERY, Tile, Tiles, tables
 
@@ -295,7 +297,6 @@ def test_errors_and_choice(monkeypatch):
         packed_attention(q, k, v, plan, backend="triton")
     assert triton_backend.refusal(torch.bfloat16, 264) is not None
     # What runs on CUDA, without one: the probes say usable.
-    monkeypatch.setattr(flash, "status", lambda: "usable")
     monkeypatch.setattr(select.triton_support, "status", lambda: "usable")
     for dtype, head_dim, backend in (
         (torch.bfloat16, 64, "flash"),
@@ -312,8 +313,6 @@ def test_errors_and_choice(monkeypatch):
     ops._say_dense.cache_clear()
     with pytest.warns(UserWarning, match=r"dense reference runs.*got torch.float32.*triton is not installed"):
         assert ops._default_choice("cuda", torch.float32, 64) == "reference"
-    monkeypatch.setattr(flash, "status", lambda: "no such op")
-    assert select.default("cuda", torch.bfloat16, 64).backend == "reference"
 
 
 def test_description(monkeypatch):
@@ -335,6 +334,7 @@ def test_description(monkeypatch):
         make_plan(CU, PREFIX)
     flash_text = plan.describe(backend="flash")
     assert "copies    " in flash_text and "merge     " in flash_text
+    assert "library   by compute capability, best first: 8.x fa2, aten; 9.x fa3, fa4, aten, fa2;" in flash_text
 
 
 # ------------------------------------------------------------------------------------------- the small kernels
@@ -396,41 +396,12 @@ def test_sum_of_copies(dtype):
         parts.sum_copies(part.to(DEVICE).double(), order, offsets, torch.float64, backend="triton")
 
 
-class _FlashOnCpu:
-    """Stands in for torch's flash ops: the dense definition per entry, with their arguments and results."""
+def _aten_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale):
+    return *dense_forward(q, k, v, cu_q, cu_k, causal, scale), None, None, None
 
-    @staticmethod
-    def mask(cu_q: Tensor, cu_k: Tensor, causal: bool) -> Tensor:
-        mask = torch.zeros(int(cu_q[-1]), int(cu_k[-1]), dtype=torch.bool)
-        for (a, b), (c, d) in zip(itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist())):
-            block = torch.ones(b - a, d - c, dtype=torch.bool)
-            mask[a:b, c:d] = block.tril((d - c) - (b - a)) if causal else block
-        return mask
 
-    @classmethod
-    def scores(cls, q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool, scale: float) -> Tensor:
-        keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        scores = torch.einsum("tnd,mnd->ntm", q, keys) * scale
-        return scores.masked_fill(~cls.mask(cu_q, cu_k, causal), -torch.inf)
-
-    @classmethod
-    def _flash_attention_forward(cls, q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale):
-        scores = cls.scores(q, k, cu_q, cu_k, causal, scale)
-        values = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-        return torch.einsum("ntm,mnd->tnd", scores.softmax(-1), values), scores.logsumexp(-1), None, None, None
-
-    @classmethod
-    def _flash_attention_backward(
-        cls, grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, state, unused, *, scale
-    ):
-        group = q.shape[1] // k.shape[1]
-        p = (cls.scores(q, k, cu_q, cu_k, causal, scale) - lse[..., None]).exp()
-        dp = torch.einsum("tnd,mnd->ntm", grad, v.repeat_interleave(group, 1))
-        ds = p * (dp - (grad * out).sum(-1).T[..., None]) * scale
-        dq = torch.einsum("ntm,mnd->tnd", ds, k.repeat_interleave(group, 1))
-        dk = torch.einsum("ntm,tnd->mnd", ds, q).unflatten(1, (-1, group)).sum(2)
-        dv = torch.einsum("ntm,tnd->mnd", p, grad).unflatten(1, (-1, group)).sum(2)
-        return dq, dk, dv
+def _aten_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, state, unused, *, scale):
+    return dense_backward(grad, q, k, v, out, lse, cu_q, cu_k, causal, scale)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -438,15 +409,16 @@ class _FlashOnCpu:
 @pytest.mark.parametrize("reorder", [False, True])
 def test_the_flash_backend_around_its_library(backend, strategy, reorder, monkeypatch):
     """Everything of the CUDA backend but the library's two kernels, which the dense definition replaces."""
-    monkeypatch.setattr(flash, "_aten", _FlashOnCpu)
+    library = Aten()
+    library.functions = {"_flash_attention_forward": _aten_forward, "_flash_attention_backward": _aten_backward}
     monkeypatch.setattr(plan_module, "_library", lambda device: "flash")
     for op in (parts.MERGE, parts.SUM_COPIES):
         monkeypatch.setenv(f"TULU_HPC_{op.upper()}_BACKEND", backend)
     order = torch.randperm(88, generator=torch.Generator().manual_seed(1)) if reorder else None
     plan = make_plan(CU, PREFIX, head_dim=4, strategy=strategy, key_order=order)
     q, k, v, grad = inputs = tensors(plan, torch.float32)
-    out, lse = flash.forward(q, k, v, plan, 0.5)
-    found = [out, *flash.backward(grad, q, k, v, out, lse, plan, 0.5)]
+    out, lse = flash.Flash(library).forward(q, k, v, plan, 0.5)
+    found = [out, *flash.Flash(library).backward(grad, q, k, v, out, lse, plan, 0.5)]
     if strategy == "merge":
         assert last_backend(parts.MERGE) == backend
     if strategy == "repeat" or reorder:

@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from tulu_hpc.config.architecture import Architecture
+from tulu_hpc.config.layer_spec import check_layer_spec
 from tulu_hpc.config.sections import (
     DataSection,
     FileName,
@@ -104,6 +105,11 @@ class StageConfig(Section):
     optimizer: OptimizerSection
     telemetry: TelemetrySection = TelemetrySection()
 
+    @model_validator(mode="after")
+    def _layers(self) -> Self:
+        check_layer_spec(self.model, self.parallel, decodes=isinstance(self, RlvrConfig))
+        return self
+
 
 class SftConfig(StageConfig):
     train: TrainSection
@@ -143,6 +149,11 @@ class PreferConfig(Section):
     rollout: RolloutSection = RolloutSection()
     verifier: VerifierSection = VerifierSection()
 
+    @model_validator(mode="after")
+    def _layers(self) -> Self:
+        check_layer_spec(self.model, self.parallel, decodes=True)
+        return self
+
 
 class EvalTaskSection(Section):
     name: str = Field(description="Key of the score in reports.")
@@ -175,6 +186,11 @@ class EvalConfig(Section):
     eval: EvalSection
     rollout: RolloutSection = RolloutSection()
     verifier: VerifierSection = VerifierSection()
+
+    @model_validator(mode="after")
+    def _layers(self) -> Self:
+        check_layer_spec(self.model, self.parallel, decodes=True)
+        return self
 
 
 class MixSource(Section):

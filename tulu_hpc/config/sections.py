@@ -53,6 +53,17 @@ class ModelSection(Section):
         description="Expected shape; checked against config.json, used by `plan` where no file is at hand.",
     )
     dtype: Literal["float32", "bfloat16"] = "float32"
+    layer_spec: Literal["local", "transformer_engine"] = Field(
+        default="local",
+        description="Linear layers and norms: megatron-core's and ours, or Transformer Engine's (CUDA only). Attention "
+        "and head stay ours.",
+    )
+    fp8: Literal["none", "e4m3", "hybrid"] = Field(
+        default="none", description="fp8 GEMMs of the linear layers; hybrid: e4m3 forward, e5m2 for gradients."
+    )
+    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = Field(
+        default="tensorwise", description="Scaling: per tensor (current values), per block (Hopper), mxfp8 (Blackwell)."
+    )
     vocab_multiple: int = Field(
         default=1, ge=1, description="Vocabulary rows are padded to a multiple of this times parallel.tensor."
     )
@@ -60,6 +71,14 @@ class ModelSection(Section):
     attention_strategy: Literal["repeat", "merge"] | None = Field(
         default=None, description="Prefix attention: K/V repeated per response, or two calls merged; empty: by cost."
     )
+
+    @model_validator(mode="after")
+    def _fp8(self) -> Self:
+        if self.fp8 != "none" and self.layer_spec != "transformer_engine":
+            raise ValueError(f"fp8: {self.fp8} needs layer_spec: transformer_engine")
+        if self.fp8 != "none" and self.dtype != "bfloat16":
+            raise ValueError(f"fp8: {self.fp8} needs dtype: bfloat16, got {self.dtype}")
+        return self
 
 
 class ParallelSection(Section):
@@ -72,6 +91,11 @@ class ParallelSection(Section):
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    tp_comm_overlap: bool = Field(
+        default=False,
+        description="Overlap tensor-parallel communication with GEMMs; needs model.layer_spec transformer_engine and "
+        "sequence parallelism. Every pack is padded to train.pack_rows, rounded down to what the ranks divide.",
+    )
     account_for_embedding_in_pipeline_split: bool = False
     account_for_loss_in_pipeline_split: bool = False
 
@@ -79,6 +103,10 @@ class ParallelSection(Section):
     def _overlap(self) -> Self:
         if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
             raise ValueError("overlap_param_gather needs distributed_optimizer and overlap_grad_reduce")
+        if self.tp_comm_overlap and not (self.tensor > 1 and self.sequence_parallel):
+            raise ValueError("tp_comm_overlap needs tensor > 1 with sequence parallelism")
+        if self.tp_comm_overlap and self.context > 1 and self.context_split == "zigzag":
+            raise ValueError("tp_comm_overlap needs context_split greedy or contiguous: its packs have a fixed size")
         return self
 
     @property

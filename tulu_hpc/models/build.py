@@ -11,7 +11,6 @@ from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,6 +19,13 @@ from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.models.attention import CoreAttention, LlamaAttention
 from tulu_hpc.models.llama import Llama
 from tulu_hpc.models.norm import RMSNorm
+from tulu_hpc.models.transformer_engine import (
+    TransformerEngineOptions,
+    check_device,
+    config_options,
+    layers,
+    start_overlap,
+)
 from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.layout import Groups, Layout, LayoutError
 
@@ -100,13 +106,14 @@ def transformer_config(
     recompute: Recompute = "none",
     deterministic: bool = False,
     on_cpu: bool = True,
+    transformer_engine: TransformerEngineOptions | None = None,
 ) -> TransformerConfig:
     """megatron's configuration of this model: no fusions that need apex or Transformer Engine, variable row counts."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {} if transformer_engine is None else config_options(transformer_engine)
     if recompute == "full":
-        options = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute == "selective":
-        options = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return TransformerConfig(
         num_layers=architecture.num_hidden_layers,
         hidden_size=architecture.hidden_size,
@@ -160,6 +167,7 @@ def build_model(
     logprob_buffer_bytes: int | None = None,
     device: torch.device | str | None = None,
     deterministic: bool = False,
+    transformer_engine: TransformerEngineOptions | None = None,
 ) -> list[Llama]:
     """The model chunks of this rank, one per virtual pipeline stage, weights NOT initialised (`convert.load_hf`).
 
@@ -172,9 +180,11 @@ def build_model(
         logprob_buffer_bytes: largest buffer of logits; None: the kernel's default.
         device: None: this process's device; "meta": shapes only.
         deterministic: only deterministic kernels inside megatron.
+        transformer_engine: use its linear layers and norms, in this way; None: megatron's and ours.
 
     Raises:
         LayoutError: the model cannot be split this way.
+        LayerSpecError: Transformer Engine cannot be imported, or the device is a CPU.
     """
     layout = groups.layout
     check_layout(architecture, layout)
@@ -186,10 +196,22 @@ def build_model(
         recompute=recompute,
         deterministic=deterministic,
         on_cpu=device.type != "cuda",
+        transformer_engine=transformer_engine,
     )
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    if transformer_engine is not None and device.type == "meta":  # these layers are given their device
+        config.use_cpu_initialization, config.init_model_with_meta_device = False, True
+    split = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    norm: type = RMSNorm
+    if transformer_engine is None:
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    else:
+        layer, norm, theirs = layers()
+        split |= theirs
+        check_device(device)
+        if device.type == "cuda":
+            start_overlap(transformer_engine, architecture.hidden_size, layout.tensor, dtype)
     parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     parts.self_attention.module = LlamaAttention
     parts.self_attention.submodules.core_attention = CoreAttention
     chunks = []
@@ -200,7 +222,7 @@ def build_model(
         with torch.device(device):
             chunk = Llama(
                 config,
-                TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm),
+                TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm),
                 vocab_size=padded_vocab(architecture.vocab_size, layout.tensor, vocab_multiple),
                 max_sequence_length=architecture.max_position_embeddings,
                 pre_process=groups.is_first_stage and index == 0,
@@ -211,23 +233,23 @@ def build_model(
                 pg_collection=groups.pg,
                 vp_stage=vp_stage,
             )
-        _mark_split_weights(chunk)
+        _mark_split_weights(chunk, split)
         chunk.finish(architecture, logprob_buffer_bytes)
         chunks.append(chunk)
     return chunks
 
 
-def _mark_split_weights(chunk: torch.nn.Module) -> None:
+def _mark_split_weights(chunk: torch.nn.Module, dimensions: dict[type, int]) -> None:
     """Mark the weights that tensor-parallel ranks split.
 
     megatron does so only while it initialises weights; without the mark the gradient norm counts them on the first
     tensor-parallel rank alone.
     """
-    dimensions: dict[type, int] = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in chunk.modules():
         dimension = dimensions.get(type(module))
-        if dimension is not None and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
+        weight: Any = getattr(module, "weight", None)
+        if dimension is not None and weight is not None:
+            weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dimension, 1
 
 
 def unwrap(chunk: torch.nn.Module) -> Llama:

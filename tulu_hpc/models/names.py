@@ -1,4 +1,4 @@
-"""Names and layouts of weights: Hugging Face on one side, megatron-core (local layer spec) on the other.
+"""Names and layouts of weights: Hugging Face on one side, megatron-core on the other.
 
 | megatron                    | Hugging Face                   | split over tensor-parallel ranks                   |
 |-----------------------------|--------------------------------|----------------------------------------------------|
@@ -11,6 +11,9 @@
 | mlp.linear_fc2              | down_proj                      | columns                                            |
 | final_layernorm             | norm                           | no                                                 |
 | output_layer                | lm_head (tied: embed_tokens)   | rows, padded                                       |
+
+Transformer Engine's layers hold the norm before them: self_attention.linear_qkv.layer_norm_weight is input_layernorm,
+mlp.linear_fc1.layer_norm_weight is pre_mlp_layernorm. Their `_extra_state` holds fp8 scales, which are no weights.
 """
 
 from __future__ import annotations
@@ -36,12 +39,14 @@ IGNORED = re.compile(r".*\.rotary_emb\.inv_freq$")
 
 _LAYER: dict[str, tuple[Kind, tuple[str, ...]]] = {
     "input_layernorm.weight": ("whole", ("input_layernorm.weight",)),
+    "self_attention.linear_qkv.layer_norm_weight": ("whole", ("input_layernorm.weight",)),
     "self_attention.linear_qkv.weight": (
         "qkv",
         ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     ),
     "self_attention.linear_proj.weight": ("columns", ("self_attn.o_proj.weight",)),
     "pre_mlp_layernorm.weight": ("whole", ("post_attention_layernorm.weight",)),
+    "mlp.linear_fc1.layer_norm_weight": ("whole", ("post_attention_layernorm.weight",)),
     "mlp.linear_fc1.weight": ("gate_up", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
     "mlp.linear_fc2.weight": ("columns", ("mlp.down_proj.weight",)),
 }
@@ -80,6 +85,8 @@ def mapping(name: str, layer_offset: int, architecture: Architecture) -> Mapping
     if name == "output_layer.weight":
         return Mapping("vocab", (EMBEDDING if architecture.tie_word_embeddings else HEAD,), (layers, 1))
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    if name.endswith("._extra_state"):
+        raise ValueError(f"{name!r} holds fp8 scales of Transformer Engine, not a weight: it has no Hugging Face name")
     if match is None or match[2] not in _LAYER:
         raise ValueError(f"parameter {name!r} has no Hugging Face name")
     kind, parts = _LAYER[match[2]]

@@ -35,6 +35,8 @@ class Layout:
         account_for_embedding, account_for_loss: count the embedding (the head) as one layer when layers are dealt to
             stages, so that the first (last) stage has one layer less.
         first_stage_layers, last_stage_layers: explicit numbers of layers there; the rest is dealt evenly.
+        row_step: the rows of a pack per rank that splits them are a multiple of this.
+        tp_comm_overlap: tensor-parallel communication runs beside GEMMs, on packs of exactly `row_multiple` rows.
     """
 
     tensor: int = 1
@@ -46,6 +48,8 @@ class Layout:
     account_for_loss: bool = False
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
+    row_step: int = 1
+    tp_comm_overlap: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "context"):
@@ -70,7 +74,7 @@ class Layout:
     @property
     def row_multiple(self) -> int:
         """The number of rows of every pack must be a multiple of this (`pack(multiple=...)`)."""
-        return self.context * (self.tensor if self.sequence_parallel else 1)
+        return self.context * (self.tensor if self.sequence_parallel else 1) * self.row_step
 
     def data(self, world_size: int) -> int:
         """Number of data-parallel replicas.
@@ -86,8 +90,8 @@ class Layout:
         return world_size // self.model_parallel
 
 
-def layout_of(parallel: ParallelSection) -> Layout:
-    """The process layout that a configuration asks for."""
+def layout_of(parallel: ParallelSection, row_step: int = 1) -> Layout:
+    """The process layout that a configuration asks for; `row_step` is that of `config.layer_spec`."""
     return Layout(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
@@ -96,6 +100,8 @@ def layout_of(parallel: ParallelSection) -> Layout:
         sequence=parallel.sequence_parallel,
         account_for_embedding=parallel.account_for_embedding_in_pipeline_split,
         account_for_loss=parallel.account_for_loss_in_pipeline_split,
+        row_step=row_step,
+        tp_comm_overlap=parallel.tp_comm_overlap,
     )
 
 

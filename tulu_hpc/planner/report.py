@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from tulu_hpc.config.architecture import Architecture
+from tulu_hpc.config.layer_spec import row_step
 from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.schema import RlvrConfig
 from tulu_hpc.config.verbs import TrainingConfig
@@ -27,7 +28,7 @@ def workload(config: TrainingConfig, gpus: int | None = None) -> Workload:
             architecture = Architecture.from_hf(config.model.path)
         except ValueError as error:
             raise ConfigError(f"model.architecture is not given, and {error}") from error
-    layout = layout_of(config.parallel)
+    layout = layout_of(config.parallel, row_step(config.model, config.parallel, config.train.pack_rows))
     copies = cache = 0
     if isinstance(config, RlvrConfig):
         copies = int(config.rlvr.kl_coef > 0)

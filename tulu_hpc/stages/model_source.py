@@ -13,6 +13,7 @@ from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.run_directory import RESOLVED_CONFIG
 from tulu_hpc.config.sections import ModelSection, ParallelSection, RunSection
 from tulu_hpc.data.tokenizer import load_tokenizer
+from tulu_hpc.models.transformer_engine import check_layers
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
 from tulu_hpc.stages.training_run import read_architecture
 from tulu_hpc.training import checkpoint, determinism, reference
@@ -83,8 +84,10 @@ def open_model(run: RunSection, model: ModelSection, parallel: ParallelSection) 
     Raises:
         ConfigError: naming the key, or a damaged checkpoint.
         LayoutError: the number of processes does not fit the layout.
+        LayerSpecError: Transformer Engine's layers are asked for and cannot be imported.
     """
     determinism.configure(deterministic=run.deterministic, threads=run.threads)
+    check_layers(model.layer_spec)
     groups = initialize(layout_of(parallel), seed=run.seed, timeout_minutes=run.distributed_timeout_minutes)
     source = find_source(model.path)
     based = model.model_copy(update={"path": str(source.base)})

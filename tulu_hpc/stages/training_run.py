@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tulu_hpc.config.architecture import Architecture
+from tulu_hpc.config.layer_spec import row_step
 from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.run_directory import RunDirectory
 from tulu_hpc.config.schema import DpoConfig, RlvrConfig, SftConfig
@@ -21,6 +22,7 @@ from tulu_hpc.data.packed_batch import Item
 from tulu_hpc.data.sample_log import SampleLog
 from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.models.convert import save_hf
+from tulu_hpc.models.transformer_engine import check_layers
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
 from tulu_hpc.stages.training_data import read_items, write_preview
 from tulu_hpc.telemetry.metrics import MetricLogger
@@ -80,10 +82,14 @@ def open_run(config: SftConfig | DpoConfig | RlvrConfig, verb: str) -> Run:
     Raises:
         ConfigError: the directory holds another run, or the model is not the expected one.
         LayoutError: the number of processes does not fit the layout.
+        LayerSpecError: Transformer Engine's layers are asked for and cannot be imported.
     """
     determinism.configure(deterministic=config.run.deterministic, threads=config.run.threads)
+    check_layers(config.model.layer_spec)
     groups = initialize(
-        layout_of(config.parallel), seed=config.run.seed, timeout_minutes=config.run.distributed_timeout_minutes
+        layout_of(config.parallel, row_step(config.model, config.parallel, config.train.pack_rows)),
+        seed=config.run.seed,
+        timeout_minutes=config.run.distributed_timeout_minutes,
     )
     architecture = read_architecture(config.model)
     directory = RunDirectory.open(config, verb=verb, is_main=groups.is_main, broadcast=groups.broadcast_object)

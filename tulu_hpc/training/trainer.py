@@ -16,6 +16,7 @@ from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.sections import ModelSection, OptimizerSection, ParallelSection
 from tulu_hpc.models.build import build_model
 from tulu_hpc.models.convert import load_hf
+from tulu_hpc.models.transformer_engine import TransformerEngineOptions
 from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.training.optimizer import build_optimizer
@@ -136,10 +137,22 @@ def load_model(
         logprob_buffer_bytes=model.logprob_buffer_mib * 2**20,
         # The embedding's gradient: torch does not refuse F.embedding on CUDA, but its sums have no fixed order.
         deterministic=default_device().type == "cuda" and torch.are_deterministic_algorithms_enabled(),
+        transformer_engine=_transformer_engine(model, groups),
     )
     if load_weights:
         load_hf(chunks, Path(model.path), architecture, groups)
     return chunks
+
+
+def _transformer_engine(model: ModelSection, groups: Groups) -> TransformerEngineOptions | None:
+    if model.layer_spec == "local":
+        return None
+    layout = groups.layout
+    return TransformerEngineOptions(
+        fp8=None if model.fp8 == "none" else model.fp8,
+        fp8_recipe=model.fp8_recipe,
+        overlap_rows=layout.row_multiple // layout.context if layout.tp_comm_overlap else None,
+    )
 
 
 def wrap_data_parallel(

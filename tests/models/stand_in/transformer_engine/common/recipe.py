@@ -1,0 +1,2 @@
+class DelayedScaling:
+    """Only derived from."""

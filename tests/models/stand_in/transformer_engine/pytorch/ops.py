@@ -1,0 +1,6 @@
+class FusibleOperation:
+    """Only named in signatures."""
+
+
+class Sequential:
+    """Only named in signatures."""
