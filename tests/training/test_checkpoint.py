@@ -17,7 +17,7 @@ from tests.parallel.forked import run_forked, single_process
 from tests.training import tiny
 from tulu_hpc.config.sections import ParallelSection
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
-from tulu_hpc.training import checkpoint
+from tulu_hpc.training import checkpoint, saver
 from tulu_hpc.training import optimizer as repairs
 from tulu_hpc.training import trainer as trainer_module
 from tulu_hpc.training.step import train_step
@@ -62,7 +62,7 @@ def save_and_continue(
     trainer = tiny.make_trainer(model, groups, parallel, dtype=dtype)
     for number in range(2):
         step(trainer, groups, parallel, number)
-    checkpoint.save(trainer, directory, {"loader": {"position": 2}})
+    saver.save(trainer, directory, {"loader": {"position": 2}})
     third = step(trainer, groups, parallel, 2)
     return {"third": third, "weights": tiny.weights(trainer), "adam": adam_state(trainer), "noise": torch.rand(3)}
 
@@ -183,7 +183,7 @@ def test_damaged_checkpoint_is_passed_over(
         trainer = tiny.make_trainer(model, groups, PLAIN)
         for number in range(2):
             step(trainer, groups, PLAIN, number)
-            checkpoint.save(trainer, tmp_path, {"n": number})
+            saver.save(trainer, tmp_path, {"n": number})
         target = next((tmp_path / "step_2").glob(file))
         damage(target)
         assert checkpoint.load_latest(trainer, tmp_path) == (1, {"n": 0})
@@ -206,7 +206,7 @@ def test_unpublished_and_old_checkpoints(model: Path, tmp_path: Path) -> None:
         assert checkpoint.valid_steps(tmp_path) == []
         for number in range(3):
             step(trainer, groups, PLAIN, number)
-            checkpoint.save(trainer, tmp_path, {}, keep_last=2)
+            saver.save(trainer, tmp_path, {}, keep_last=2)
         assert checkpoint.valid_steps(tmp_path) == [2, 3]
         assert not half.exists() and not (tmp_path / "step_1").exists()
         manifest = json.loads((tmp_path / "step_3" / checkpoint.MANIFEST).read_text())
@@ -218,7 +218,7 @@ def test_other_format_is_refused(model: Path, tmp_path: Path) -> None:
     with single_process() as groups:
         trainer = tiny.make_trainer(model, groups, PLAIN)
         step(trainer, groups, PLAIN, 0)
-        path = checkpoint.save(trainer, tmp_path, {})
+        path = saver.save(trainer, tmp_path, {})
         state = json.loads((path / checkpoint.STATE).read_text())
         (path / checkpoint.STATE).write_text(json.dumps({**state, "format": 99}))
         with pytest.raises(checkpoint.CheckpointError, match="format 99"):
@@ -233,7 +233,7 @@ class TestRepairs:
         trainer = tiny.make_trainer(model, groups, PLAIN)
         for number in range(2):
             step(trainer, groups, PLAIN, number)
-        checkpoint.save(trainer, tmp_path, {})
+        saver.save(trainer, tmp_path, {})
         return trainer
 
     def test_empty_state(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
