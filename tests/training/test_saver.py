@@ -28,6 +28,7 @@ from tulu_hpc.training.step import NonFiniteError
 from tulu_hpc.training.trainer import Trainer
 
 PLAIN = ParallelSection()
+OFF = {"distributed_optimizer": False}
 WRITE, WRITE_DATA = Snapshot.write, snapshot_module._Writer.write_data
 
 
@@ -290,7 +291,7 @@ def test_unknown_metric(model: Path, tmp_path: Path) -> None:
             RlvrTrainSection(steps=1, keep_best=1, best_metric=metric)
 
 
-@pytest.mark.parametrize(("options", "dtype"), [({}, "float32"), ({}, "bfloat16")])
+@pytest.mark.parametrize(("options", "dtype"), [({}, "float32"), ({}, "bfloat16"), (OFF, "float32"), (OFF, "bfloat16")])
 def test_planner_knows_the_bytes(model: Path, tmp_path: Path, options: dict[str, Any], dtype: str) -> None:
     with single_process() as groups:
         trainer = tiny.make_trainer(model, groups, ParallelSection(**options), dtype=dtype)
@@ -298,7 +299,9 @@ def test_planner_knows_the_bytes(model: Path, tmp_path: Path, options: dict[str,
         taken = Snapshot.take(state, tmp_path, {}, groups, hold=True)
         tensors = sum(item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
                       for item in taken._plan.items if item.tensor_data is not None)  # fmt: skip
-        work = Workload(tiny.ARCHITECTURE, groups.layout, data=1, rows=8, dtype_bytes=4 if dtype == "float32" else 2)
+        size = 4 if dtype == "float32" else 2
+        on = not options
+        work = Workload(tiny.ARCHITECTURE, groups.layout, 1, rows=8, dtype_bytes=size, distributed_optimizer=on)
         assert checkpoint_host_bytes(work, 0) == tensors
 
 
