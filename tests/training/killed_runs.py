@@ -166,5 +166,7 @@ def kill_at_random(inputs: Path, folder: Path, verb: str, kills_wanted: int, **c
         runs += 1
         assert outcome(run) == wanted, f"run {runs} after {kills} kills (TULU_HPC_KILL_SEED={seed})\n{log.read_text()}"
     in_background = len(re.findall(r"killed at \w+ in checkpoint", log.read_text()))
-    print(f"{kills} kills, {at_events} of them at events of a save, {in_background} in the background, over {runs} runs")
+    print(
+        f"{kills} kills, {at_events} of them at events of a save, {in_background} in the background, over {runs} runs"
+    )
     return {"kills": kills, "at_events": at_events, "in_background": in_background, "runs": runs}

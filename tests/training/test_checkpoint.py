@@ -189,10 +189,42 @@ def test_damaged_checkpoint_is_passed_over(
         assert checkpoint.load_latest(trainer, tmp_path) == (1, {"n": 0})
         assert trainer.step == 1
         message = capfd.readouterr().err
-        assert "passed over" in message and str(target) in message
+        assert "passed over" in message and str(target) in message and "goes on from step 1" in message
+        # Out of the way: it is neither taken for the newest nor counted when old ones are deleted.
+        assert (tmp_path / "step_2.damaged").is_dir() and checkpoint.valid_steps(tmp_path) == [1]
         damage(next((tmp_path / "step_1").glob(file)))
         with pytest.raises(checkpoint.CheckpointError, match="none of the checkpoints"):
             checkpoint.load_latest(trainer, tmp_path)
+
+
+def hash_in_shares(model: Path, folder: Path) -> tuple[str | None, list[str]]:
+    groups = initialize(layout_of(PLAIN), seed=1)
+    trainer = tiny.make_trainer(model, groups, PLAIN)
+    step(trainer, groups, PLAIN, 0)
+    path = saver.save(trainer, folder, {})
+    read: list[str] = []
+    original = checkpoint.file_entry
+    checkpoint.file_entry = lambda file: (read.append(file.name), original(file))[1]  # of this forked process
+    return checkpoint.verify(path, groups), read
+
+
+def test_ranks_share_the_verification(model: Path, tmp_path: Path) -> None:
+    found = run_forked(2, hash_in_shares, model, tmp_path)
+    assert [problem for problem, _ in found] == [None, None]
+    first, second = (set(read) for _, read in found)
+    on_disk = {file.name for file in (tmp_path / "step_1").iterdir()} - {checkpoint.MANIFEST}
+    assert first | second == on_disk and not first & second and min(len(first), len(second)) >= 2
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"files": 3}'])
+def test_damaged_manifest(model: Path, tmp_path: Path, text: str) -> None:
+    with single_process() as groups:
+        trainer = tiny.make_trainer(model, groups, PLAIN)
+        step(trainer, groups, PLAIN, 0)
+        path = saver.save(trainer, tmp_path, {})
+        (path / checkpoint.MANIFEST).write_text(text)
+        problem = checkpoint.verify(path, groups)
+        assert problem is not None and str(path / checkpoint.MANIFEST) in problem
 
 
 def test_unpublished_and_old_checkpoints(model: Path, tmp_path: Path) -> None:

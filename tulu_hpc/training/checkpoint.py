@@ -20,7 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from tulu_hpc.parallel.layout import Groups
-from tulu_hpc.training import determinism
+from tulu_hpc.training import determinism, optimizer_form
 from tulu_hpc.training.optimizer import optimizer_step, unshare_steps
 from tulu_hpc.training.retention import STATE, remove_leftovers, set_aside, valid_steps
 from tulu_hpc.training.snapshot import FORMAT, MANIFEST, Entry, file_entry
@@ -83,9 +83,16 @@ def load(trainer: Trainer, path: Path) -> tuple[int, dict[str, Any]]:
         raise CheckpointError(f"{path / STATE}: format {state['format']}, this version reads {FORMAT}")
     same_layout = state["world_size"] == groups.world_size and state["layout"] == layout_keys(groups)
     request = sharded_state(trainer, loading=True, with_rng=same_layout)
+    distributed = optimizer_form.is_distributed(trainer.optimizer)
+    other_form = optimizer_form.saved_by_distributed(path) != distributed
+    bf16 = trainer.optimizer.chained_optimizers[0].config.bf16
+    if other_form:
+        optimizer_form.ask_for_other(request["optimizer"], distributed=distributed, bf16=bf16)
     loaded = dist_checkpointing.load(request, str(path))
     for index, model in enumerate(trainer.models):
         model.load_state_dict(loaded[f"model{index}"])
+    if other_form:
+        optimizer_form.convert(loaded["optimizer"], trainer.optimizer, bf16=bf16)
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     unshare_steps(trainer.optimizer)
     if same_layout:
