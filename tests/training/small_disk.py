@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000
+_CLONE_NEWNS, _MS_REMOUNT, _MS_REC, _MS_PRIVATE = 0x20000, 0x20, 0x4000, 0x40000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -51,6 +51,11 @@ def on_small_disk(mount_point: Path, size: int, function: Callable[[], Any]) -> 
     if isinstance(value, MountRefused):
         raise value
     raise AssertionError(value)
+
+
+def resize(mount_point: Path, size: int) -> None:
+    """Give the disk another size, within `function`."""
+    _call("mount", None, os.fsencode(mount_point), None, _MS_REMOUNT, f"size={size}".encode())
 
 
 def _mount(mount_point: Path, size: int) -> None:

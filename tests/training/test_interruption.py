@@ -29,6 +29,7 @@ from tests.training.killed_runs import (
     uninterrupted,
     wait_all,
 )
+from tests.training.small_disk import MountRefused, on_small_disk, resize
 from tulu_hpc.data.chat_template import TULU
 from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.training.preemption import EXIT_REQUEUE
@@ -144,3 +145,57 @@ def test_command_under_torchrun_is_killed_and_continues(inputs: Path, tmp_path: 
     assert code == 0, output
     assert "resumed at step" in output
     assert outcome(tmp_path / "run") == wanted
+
+
+@pytest.mark.parametrize("on_error", ["raise", "continue"])
+def test_full_disk_stops_a_run_and_loses_nothing(inputs: Path, tmp_path: Path, on_error: str) -> None:
+    """Checkpoints on a disk that holds one of them and a part of the next, until it is enlarged."""
+    wanted, _ = uninterrupted(inputs, tmp_path, "sft", train__keep_last=1)
+    checkpoint_bytes = sum(file.stat().st_size for file in (tmp_path / "whole" / "checkpoints" / "step_12").iterdir())
+    config_path = prepare(inputs, tmp_path / "run", "sft", train__keep_last=1, train__on_save_error=on_error)
+    disk, log, checkpoints = tmp_path / "disk", tmp_path / "run.log", tmp_path / "run" / "checkpoints"
+    disk.mkdir()
+    checkpoints.parent.mkdir()
+    checkpoints.symlink_to(disk)
+
+    def run_twice() -> dict[str, Any]:
+        codes = wait_all(start_forked("sft", config_path, log))
+        left = sorted(path.name for path in disk.iterdir())
+        first_log = log.read_text()
+        resize(disk, 8 * checkpoint_bytes)
+        again = wait_all(start_forked("sft", config_path, log))
+        return {"codes": codes, "left": left, "log": first_log, "again": again}
+
+    try:
+        found = on_small_disk(disk, int(1.6 * checkpoint_bytes), run_twice)
+    except MountRefused as refused:
+        pytest.skip(f"no file system of our own: {refused}")
+    assert found["codes"] == [1, 1] and found["again"] == [0, 0], log.read_text()
+    assert found["left"] == ["step_2"]
+    message = f"checkpoint step_4 could not be written: {checkpoints / 'step_4.tmp'}/"
+    assert message in found["log"] and "No space left on device (rank " in found["log"]
+    assert "bytes more are needed" in found["log"]
+    assert found["log"].count("training goes on") == (4 if on_error == "continue" else 0)  # steps 4 to 10
+    assert "resumed at step 2 of 12" in log.read_text()
+    assert outcome(tmp_path / "run") == wanted
+
+
+@pytest.mark.parametrize(("verb", "metric", "mode"), [("sft", "train/loss", "min"), ("rlvr", "rollout/reward", "max")])
+def test_best_checkpoint_of_a_run(inputs: Path, tmp_path: Path, verb: str, metric: str, mode: str) -> None:
+    best = {"train__keep_best": 1, "train__best_metric": metric, "train__best_mode": mode, "train__keep_last": 1}
+    found, _ = uninterrupted(inputs, tmp_path, verb, **best)
+    values = [row[metric] for row in found["metrics"]]
+    means = {step: sum(values[step - 2 : step]) / 2 for step in range(2, len(values) + 1, 2)}
+    wanted = (min if mode == "min" else max)(means, key=lambda step: means[step])
+    checkpoints = tmp_path / "whole" / "checkpoints"
+    state = json.loads((checkpoints / "best" / "trainer_state.json").read_text())
+    assert state["score"] == {"metric": metric, "value": pytest.approx(means[wanted])}
+    assert state["extra"].get("rollout_step", state["step"]) == wanted
+    assert len([path for path in checkpoints.iterdir() if path.name.startswith("step_")]) <= 2
+
+
+def test_unknown_best_metric_is_named_at_the_first_step(inputs: Path, tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    config_path = prepare(inputs, tmp_path / "run", "sft", train__keep_best=1, train__best_metric="train/los")
+    assert wait_all(start_forked("sft", config_path, log)) == [1] * RANKS
+    assert "train.best_metric = train/los: there is no such metric; there are train/loss" in log.read_text()
