@@ -180,6 +180,30 @@ def test_full_disk_stops_a_run_and_loses_nothing(inputs: Path, tmp_path: Path, o
     assert outcome(tmp_path / "run") == wanted
 
 
+def test_full_disk_under_the_whole_run_directory(inputs: Path, tmp_path: Path) -> None:
+    """Whatever meets the full disk first, a checkpoint or a line of metrics."""
+    wanted, _ = uninterrupted(inputs, tmp_path, "sft", train__keep_last=1)
+    checkpoint_bytes = sum(file.stat().st_size for file in (tmp_path / "whole" / "checkpoints" / "step_12").iterdir())
+    disk, log = tmp_path / "disk", tmp_path / "run.log"
+    disk.mkdir()
+
+    def run_twice() -> dict[str, Any]:
+        config_path = prepare(inputs, disk / "run", "sft", train__keep_last=1)
+        codes = wait_all(start_forked("sft", config_path, log))
+        first_log = log.read_text()
+        resize(disk, 20 * checkpoint_bytes)
+        again = wait_all(start_forked("sft", config_path, log))
+        end = outcome(disk / "run") if again == [0, 0] else None
+        return {"codes": codes, "log": first_log, "again": again, "outcome": end}
+
+    try:
+        found = on_small_disk(disk, int(1.6 * checkpoint_bytes), run_twice)
+    except MountRefused as refused:
+        pytest.skip(f"no file system of our own: {refused}")
+    assert 0 not in found["codes"] and "No space left on device" in found["log"]
+    assert found["again"] == [0, 0] and found["outcome"] == wanted, log.read_text()
+
+
 @pytest.mark.parametrize(("verb", "metric", "mode"), [("sft", "train/loss", "min"), ("rlvr", "rollout/reward", "max")])
 def test_best_checkpoint_of_a_run(inputs: Path, tmp_path: Path, verb: str, metric: str, mode: str) -> None:
     best = {"train__keep_best": 1, "train__best_metric": metric, "train__best_mode": mode, "train__keep_last": 1}
