@@ -116,6 +116,15 @@ def test_published_configurations_fit_the_published_gpus(name: str, gpus: int) -
     assert fits, text
 
 
+def test_host_memory_of_a_background_save() -> None:
+    config = load_training_config(CONFIGS / "tulu3/8b/sft.yaml", [])
+    # 8.03e9 parameters: bfloat16 weights, and master and two moments in float32
+    wanted = f"{8_030_261_248 * 14 / config.parallel.model_parallel / 2**30:.1f} GiB per rank of the first replica"
+    assert wanted in plan_text(config, gpu="h100", gpus=32)[0]
+    off = load_training_config(CONFIGS / "tulu3/8b/sft.yaml", ["train.async_save=false"])
+    assert "host memory" not in plan_text(off, gpu="h100", gpus=32)[0]
+
+
 def test_what_does_not_fit_says_why() -> None:
     config = load_training_config(CONFIGS / "tulu3/405b/sft.yaml", ["train.recompute=none"])
     text, fits = plan_text(config, gpu="h100", gpus=256)

@@ -17,7 +17,7 @@ from tests.parallel.forked import run_forked, single_process
 from tests.training import tiny
 from tulu_hpc.config.sections import ParallelSection
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
-from tulu_hpc.training import checkpoint
+from tulu_hpc.training import checkpoint, saver
 from tulu_hpc.training import optimizer as repairs
 from tulu_hpc.training import trainer as trainer_module
 from tulu_hpc.training.step import train_step
@@ -62,7 +62,7 @@ def save_and_continue(
     trainer = tiny.make_trainer(model, groups, parallel, dtype=dtype)
     for number in range(2):
         step(trainer, groups, parallel, number)
-    checkpoint.save(trainer, directory, {"loader": {"position": 2}})
+    saver.save(trainer, directory, {"loader": {"position": 2}})
     third = step(trainer, groups, parallel, 2)
     return {"third": third, "weights": tiny.weights(trainer), "adam": adam_state(trainer), "noise": torch.rand(3)}
 
@@ -183,16 +183,48 @@ def test_damaged_checkpoint_is_passed_over(
         trainer = tiny.make_trainer(model, groups, PLAIN)
         for number in range(2):
             step(trainer, groups, PLAIN, number)
-            checkpoint.save(trainer, tmp_path, {"n": number})
+            saver.save(trainer, tmp_path, {"n": number})
         target = next((tmp_path / "step_2").glob(file))
         damage(target)
         assert checkpoint.load_latest(trainer, tmp_path) == (1, {"n": 0})
         assert trainer.step == 1
         message = capfd.readouterr().err
-        assert "passed over" in message and str(target) in message
+        assert "passed over" in message and str(target) in message and "goes on from step 1" in message
+        # Out of the way: it is neither taken for the newest nor counted when old ones are deleted.
+        assert (tmp_path / "step_2.damaged").is_dir() and checkpoint.valid_steps(tmp_path) == [1]
         damage(next((tmp_path / "step_1").glob(file)))
         with pytest.raises(checkpoint.CheckpointError, match="none of the checkpoints"):
             checkpoint.load_latest(trainer, tmp_path)
+
+
+def hash_in_shares(model: Path, folder: Path) -> tuple[str | None, list[str]]:
+    groups = initialize(layout_of(PLAIN), seed=1)
+    trainer = tiny.make_trainer(model, groups, PLAIN)
+    step(trainer, groups, PLAIN, 0)
+    path = saver.save(trainer, folder, {})
+    read: list[str] = []
+    original = checkpoint.file_entry
+    checkpoint.file_entry = lambda file: (read.append(file.name), original(file))[1]  # of this forked process
+    return checkpoint.verify(path, groups), read
+
+
+def test_ranks_share_the_verification(model: Path, tmp_path: Path) -> None:
+    found = run_forked(2, hash_in_shares, model, tmp_path)
+    assert [problem for problem, _ in found] == [None, None]
+    first, second = (set(read) for _, read in found)
+    on_disk = {file.name for file in (tmp_path / "step_1").iterdir()} - {checkpoint.MANIFEST}
+    assert first | second == on_disk and not first & second and min(len(first), len(second)) >= 2
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"files": 3}'])
+def test_damaged_manifest(model: Path, tmp_path: Path, text: str) -> None:
+    with single_process() as groups:
+        trainer = tiny.make_trainer(model, groups, PLAIN)
+        step(trainer, groups, PLAIN, 0)
+        path = saver.save(trainer, tmp_path, {})
+        (path / checkpoint.MANIFEST).write_text(text)
+        problem = checkpoint.verify(path, groups)
+        assert problem is not None and str(path / checkpoint.MANIFEST) in problem
 
 
 def test_unpublished_and_old_checkpoints(model: Path, tmp_path: Path) -> None:
@@ -206,7 +238,7 @@ def test_unpublished_and_old_checkpoints(model: Path, tmp_path: Path) -> None:
         assert checkpoint.valid_steps(tmp_path) == []
         for number in range(3):
             step(trainer, groups, PLAIN, number)
-            checkpoint.save(trainer, tmp_path, {}, keep_last=2)
+            saver.save(trainer, tmp_path, {}, keep_last=2)
         assert checkpoint.valid_steps(tmp_path) == [2, 3]
         assert not half.exists() and not (tmp_path / "step_1").exists()
         manifest = json.loads((tmp_path / "step_3" / checkpoint.MANIFEST).read_text())
@@ -218,7 +250,7 @@ def test_other_format_is_refused(model: Path, tmp_path: Path) -> None:
     with single_process() as groups:
         trainer = tiny.make_trainer(model, groups, PLAIN)
         step(trainer, groups, PLAIN, 0)
-        path = checkpoint.save(trainer, tmp_path, {})
+        path = saver.save(trainer, tmp_path, {})
         state = json.loads((path / checkpoint.STATE).read_text())
         (path / checkpoint.STATE).write_text(json.dumps({**state, "format": 99}))
         with pytest.raises(checkpoint.CheckpointError, match="format 99"):
@@ -233,7 +265,7 @@ class TestRepairs:
         trainer = tiny.make_trainer(model, groups, PLAIN)
         for number in range(2):
             step(trainer, groups, PLAIN, number)
-        checkpoint.save(trainer, tmp_path, {})
+        saver.save(trainer, tmp_path, {})
         return trainer
 
     def test_empty_state(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,36 +7,32 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import torch
-import torch.distributed as dist
 
 from tests.rlvr import tiny_rlvr
 from tests.training import tiny_run
-from tulu_hpc.config.loader import load_config
-from tulu_hpc.config.schema import DpoConfig, RlvrConfig, SftConfig
+from tests.training.killed_runs import (
+    RANKS,
+    kill_all,
+    kill_at_random,
+    outcome,
+    prepare,
+    start_forked,
+    uninterrupted,
+    wait_all,
+)
+from tests.training.small_disk import MountRefused, on_small_disk, resize
 from tulu_hpc.data.chat_template import TULU
 from tulu_hpc.data.tokenizer import load_tokenizer
-from tulu_hpc.stages import dpo, rlvr, sft
 from tulu_hpc.training.preemption import EXIT_REQUEUE
-
-STAGES: dict[str, tuple[Any, Callable[[Any], Path]]] = {
-    "sft": (SftConfig, sft.run),
-    "dpo": (DpoConfig, dpo.run),
-    "rlvr": (RlvrConfig, rlvr.run),
-}
-RANKS = 2
 
 
 @pytest.fixture(scope="module")
@@ -50,119 +46,9 @@ def tied_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.write_inputs(tmp_path_factory.mktemp("tied"), tied=True)
 
 
-def start_forked(verb: str, config_path: Path, log: Path) -> list[int]:
-    """The stage on RANKS forked processes, each with its own interpreter state from here on; their process ids."""
-    store = log.with_name(f"store-{time.monotonic_ns()}")
-    sys.stdout.flush()
-    pids = []
-    for rank in range(RANKS):
-        pid = os.fork()
-        if pid == 0:
-            _work(rank, verb, config_path, log, store)
-        pids.append(pid)
-    return pids
-
-
-def _work(rank: int, verb: str, config_path: Path, log: Path, store: Path) -> None:
-    code: Any = 1
-    try:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(RANKS))
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-        schema, run = STAGES[verb]
-        run(load_config(config_path, (), schema))
-        code = 0
-    except SystemExit as request:
-        code = request.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def wait_all(pids: list[int], timeout: float = 120.0) -> list[int]:
-    """Exit codes (negative: the signal); what still runs at the time limit is killed and reported so."""
-    deadline, codes = time.monotonic() + timeout, {}
-    while len(codes) < len(pids):
-        for pid in set(pids) - codes.keys():
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if found:
-                codes[pid] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            kill_all(pids)
-            deadline = float("inf")
-        time.sleep(0.005)
-    return [codes[pid] for pid in pids]
-
-
-def kill_all(pids: list[int]) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
-def prepare(inputs: Path, run: Path, verb: str, **changes: Any) -> Path:
-    run.parent.mkdir(parents=True, exist_ok=True)
-    if verb == "rlvr":
-        values = tiny_rlvr.rlvr_config(inputs, run, train__export_hf=True, **changes).model_dump(mode="json")
-        return tiny_run.write_config(values, run.with_suffix(".yaml"))
-    return tiny_run.write_config(tiny_run.config(inputs, run, verb, **changes), run.with_suffix(".yaml"))
-
-
-def outcome(run: Path) -> dict[str, Any]:
-    """Everything that must not depend on interruptions."""
-    files = sorted((run / "hf").glob("*.safetensors"))
-    assert files
-    metrics = tiny_rlvr.same_metrics(run)
-    assert [row["step"] for row in metrics] == list(range(1, len(metrics) + 1)), "each step once, in order"
-    return {"metrics": metrics, "weights": [file.read_bytes() for file in files]}
-
-
-def uninterrupted(inputs: Path, folder: Path, verb: str, **changes: Any) -> tuple[dict[str, Any], float]:
-    config_path = prepare(inputs, folder / "whole", verb, **changes)
-    started = time.monotonic()
-    codes = wait_all(start_forked(verb, config_path, folder / "whole.log"))
-    assert codes == [0] * RANKS, (folder / "whole.log").read_text()
-    return outcome(folder / "whole"), time.monotonic() - started
-
-
-def kill_at_random(inputs: Path, folder: Path, verb: str, kills_wanted: int, **changes: Any) -> None:
-    """Kill all ranks of runs at random moments (start, export and end included) until so many have been hit."""
-    seed = int(os.environ.get("TULU_HPC_KILL_SEED", time.time_ns() % 10**6))
-    print(f"TULU_HPC_KILL_SEED={seed}")
-    generator = random.Random(seed)
-    wanted, duration = uninterrupted(inputs, folder, verb, **changes)
-    kills, runs, log = 0, 0, folder / "killed.log"
-    while kills < kills_wanted:
-        run = folder / f"killed{runs}"
-        config_path = prepare(inputs, run, verb, **changes)
-        finished = False
-        while not finished:
-            pids = start_forked(verb, config_path, log)
-            if kills < kills_wanted:
-                time.sleep(generator.uniform(0.02, 1.05) * duration)
-                generator.shuffle(pids)
-                kill_all(pids)
-            codes = wait_all(pids)
-            finished = codes == [0] * RANKS
-            kills += -signal.SIGKILL in codes
-            assert finished or -signal.SIGKILL in codes, log.read_text()
-        runs += 1
-        assert outcome(run) == wanted, f"run {runs} after {kills} kills (TULU_HPC_KILL_SEED={seed})\n{log.read_text()}"
-    print(f"{kills} kills over {runs} runs")
-
-
 @pytest.mark.parametrize(
     ("verb", "kills_wanted", "changes"),
-    [("sft", 10, {}), ("sft", 3, {"parallel__tensor": 2}), ("dpo", 4, {}), ("rlvr", 4, {})],
+    [("sft", 6, {}), ("sft", 3, {"parallel__tensor": 2}), ("dpo", 4, {}), ("rlvr", 4, {})],
 )
 def test_sigkill_at_random_moments(
     inputs: Path, tmp_path: Path, verb: str, kills_wanted: int, changes: dict[str, Any]
@@ -172,6 +58,16 @@ def test_sigkill_at_random_moments(
 
 def test_sigkill_with_tied_embeddings_over_two_stages(tied_inputs: Path, tmp_path: Path) -> None:
     kill_at_random(tied_inputs, tmp_path, "sft", 4, parallel__pipeline=2)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("verb", ["sft", "dpo", "rlvr"])
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"pipeline": 2}], ids=["dp2", "tp2", "pp2"])
+def test_sigkill_soak(
+    inputs: Path, tmp_path: Path, verb: str, layout: dict[str, int], soak_figures: Callable[..., None]
+) -> None:
+    changes = {f"parallel__{name}": degree for name, degree in layout.items()}
+    soak_figures(**kill_at_random(inputs, tmp_path, verb, 5, **changes))
 
 
 @pytest.mark.parametrize("verb", ["sft", "dpo"])
@@ -249,3 +145,81 @@ def test_command_under_torchrun_is_killed_and_continues(inputs: Path, tmp_path: 
     assert code == 0, output
     assert "resumed at step" in output
     assert outcome(tmp_path / "run") == wanted
+
+
+@pytest.mark.parametrize("on_error", ["raise", "continue"])
+def test_full_disk_stops_a_run_and_loses_nothing(inputs: Path, tmp_path: Path, on_error: str) -> None:
+    """Checkpoints on a disk that holds one of them and a part of the next, until it is enlarged."""
+    wanted, _ = uninterrupted(inputs, tmp_path, "sft", train__keep_last=1)
+    checkpoint_bytes = sum(file.stat().st_size for file in (tmp_path / "whole" / "checkpoints" / "step_12").iterdir())
+    config_path = prepare(inputs, tmp_path / "run", "sft", train__keep_last=1, train__on_save_error=on_error)
+    disk, log, checkpoints = tmp_path / "disk", tmp_path / "run.log", tmp_path / "run" / "checkpoints"
+    disk.mkdir()
+    checkpoints.parent.mkdir()
+    checkpoints.symlink_to(disk)
+
+    def run_twice() -> dict[str, Any]:
+        codes = wait_all(start_forked("sft", config_path, log))
+        left = sorted(path.name for path in disk.iterdir())
+        first_log = log.read_text()
+        resize(disk, 8 * checkpoint_bytes)
+        again = wait_all(start_forked("sft", config_path, log))
+        return {"codes": codes, "left": left, "log": first_log, "again": again}
+
+    try:
+        found = on_small_disk(disk, int(1.6 * checkpoint_bytes), run_twice)
+    except MountRefused as refused:
+        pytest.skip(f"no file system of our own: {refused}")
+    assert found["codes"] == [1, 1] and found["again"] == [0, 0], log.read_text()
+    assert found["left"] == ["step_2"]
+    message = f"checkpoint step_4 could not be written: {checkpoints / 'step_4.tmp'}/"
+    assert message in found["log"] and "No space left on device (rank " in found["log"]
+    assert "bytes more are needed" in found["log"]
+    assert found["log"].count("training goes on") == (4 if on_error == "continue" else 0)  # steps 4 to 10
+    assert "resumed at step 2 of 12" in log.read_text()
+    assert outcome(tmp_path / "run") == wanted
+
+
+def test_full_disk_under_the_whole_run_directory(inputs: Path, tmp_path: Path) -> None:
+    """Whatever meets the full disk first, a checkpoint or a line of metrics."""
+    wanted, _ = uninterrupted(inputs, tmp_path, "sft", train__keep_last=1)
+    checkpoint_bytes = sum(file.stat().st_size for file in (tmp_path / "whole" / "checkpoints" / "step_12").iterdir())
+    disk, log = tmp_path / "disk", tmp_path / "run.log"
+    disk.mkdir()
+
+    def run_twice() -> dict[str, Any]:
+        config_path = prepare(inputs, disk / "run", "sft", train__keep_last=1)
+        codes = wait_all(start_forked("sft", config_path, log))
+        first_log = log.read_text()
+        resize(disk, 20 * checkpoint_bytes)
+        again = wait_all(start_forked("sft", config_path, log))
+        end = outcome(disk / "run") if again == [0, 0] else None
+        return {"codes": codes, "log": first_log, "again": again, "outcome": end}
+
+    try:
+        found = on_small_disk(disk, int(1.6 * checkpoint_bytes), run_twice)
+    except MountRefused as refused:
+        pytest.skip(f"no file system of our own: {refused}")
+    assert 0 not in found["codes"] and "No space left on device" in found["log"]
+    assert found["again"] == [0, 0] and found["outcome"] == wanted, log.read_text()
+
+
+@pytest.mark.parametrize(("verb", "metric", "mode"), [("sft", "train/loss", "min"), ("rlvr", "rollout/reward", "max")])
+def test_best_checkpoint_of_a_run(inputs: Path, tmp_path: Path, verb: str, metric: str, mode: str) -> None:
+    best = {"train__keep_best": 1, "train__best_metric": metric, "train__best_mode": mode, "train__keep_last": 1}
+    found, _ = uninterrupted(inputs, tmp_path, verb, **best)
+    values = [row[metric] for row in found["metrics"]]
+    means = {step: sum(values[step - 2 : step]) / 2 for step in range(2, len(values) + 1, 2)}
+    wanted = (min if mode == "min" else max)(means, key=lambda step: means[step])
+    checkpoints = tmp_path / "whole" / "checkpoints"
+    state = json.loads((checkpoints / "best" / "trainer_state.json").read_text())
+    assert state["score"] == {"metric": metric, "value": pytest.approx(means[wanted])}
+    assert state["extra"].get("rollout_step", state["step"]) == wanted
+    assert len([path for path in checkpoints.iterdir() if path.name.startswith("step_")]) <= 2
+
+
+def test_unknown_best_metric_is_named_at_the_first_step(inputs: Path, tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    config_path = prepare(inputs, tmp_path / "run", "sft", train__keep_best=1, train__best_metric="train/los")
+    assert wait_all(start_forked("sft", config_path, log)) == [1] * RANKS
+    assert "train.best_metric = train/los: there is no such metric; there are train/loss" in log.read_text()

@@ -19,8 +19,7 @@ from tulu_hpc.config.sections import RunSection
 
 RESOLVED_CONFIG = "config.resolved.yaml"
 
-# Keys that change neither the numbers nor their meaning; `x.*` is a whole section. parallel.distributed_optimizer is
-# not among them: checkpoints hold the optimizer in one form with it, in another without.
+# Keys that change neither the numbers nor their meaning; `x.*` is a whole section.
 MAY_DIFFER: tuple[str, ...] = (
     "parallel.tensor",
     "parallel.pipeline",
@@ -29,12 +28,17 @@ MAY_DIFFER: tuple[str, ...] = (
     "parallel.context_split",
     "parallel.sequence",
     "parallel.overlap_*",
+    "parallel.distributed_optimizer",
     "parallel.account_for_*",
     "telemetry.*",
     "train.log_every",
     "train.save_every",
     "train.keep_last",
     "train.preview_rows",
+    "train.keep_best",
+    "train.best_*",
+    "train.async_save",
+    "train.on_save_error",
     "model.logprob_buffer_mib",
     "verifier.workers",
     "verifier.max_lost_share",

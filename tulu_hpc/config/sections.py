@@ -141,8 +141,32 @@ class LoopSection(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     log_every: int = Field(default=1, ge=1)
     save_every: int | None = Field(default=None, ge=1, description="Steps between checkpoints; empty: only the last.")
-    keep_last: int = Field(default=2, ge=1)
+    async_save: bool = Field(
+        default=True, description="Training goes on while a checkpoint is written, from a copy in host memory."
+    )
+    on_save_error: Literal["raise", "continue"] = Field(
+        default="raise",
+        description="A checkpoint that cannot be written (disk full): stop, or warn and go on with the one before. "
+        "The last one of a run and that of a stop on request always stop it.",
+    )
+    keep_last: int = Field(default=2, ge=1, description="Newest checkpoints that are kept.")
+    keep_best: int = Field(
+        default=0, ge=0, description="Checkpoints with the best `best_metric` that are kept beside the newest."
+    )
+    best_metric: str | None = Field(
+        default=None,
+        description="As in metrics.jsonl (train/loss, rollout/reward); its mean since the checkpoint before counts.",
+    )
+    best_mode: Literal["min", "max"] = "min"
     export_hf: bool = Field(default=True, description="Write {run.dir}/hf at the end.")
+
+    @model_validator(mode="after")
+    def _best(self) -> Self:
+        if self.keep_best and self.best_metric is None:
+            raise ValueError("keep_best needs best_metric")
+        if self.best_metric is not None and self.best_metric.startswith(("timing/", "perf/")):
+            raise ValueError(f"best_metric: {self.best_metric} says how fast, not how good")
+        return self
 
 
 class TrainSection(LoopSection):

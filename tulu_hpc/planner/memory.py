@@ -126,6 +126,15 @@ def stage_parameters(work: Workload, stage: int) -> int:
     return count
 
 
+def checkpoint_host_bytes(work: Workload, stage: int) -> int:
+    """Host memory of a rank that writes a checkpoint in the background: weights, fp32 masters and two moments.
+
+    With the distributed optimizer it is the first data-parallel replica that writes, and it writes all of that.
+    """
+    masters = work.distributed_optimizer or work.dtype_bytes == 2
+    return stage_parameters(work, stage) * (work.dtype_bytes + (12 if masters else 8))
+
+
 def _q(architecture: Architecture) -> int:
     return architecture.num_attention_heads * architecture.head_dim
 

@@ -12,7 +12,7 @@ from tulu_hpc.config.schema import RlvrConfig
 from tulu_hpc.config.verbs import TrainingConfig
 from tulu_hpc.parallel.layout import LayoutError, layout_of
 from tulu_hpc.planner.hardware import GIB, RESERVED_BYTES, Gpu, find_gpu
-from tulu_hpc.planner.memory import StageMemory, Workload, plan_memory
+from tulu_hpc.planner.memory import StageMemory, Workload, checkpoint_host_bytes, plan_memory
 
 
 def workload(config: TrainingConfig, gpus: int | None = None) -> Workload:
@@ -68,6 +68,9 @@ def plan_text(config: TrainingConfig, *, gpu: str = "h100", gpus: int | None = N
     ]
     fits = worst.total + RESERVED_BYTES <= device.memory_bytes
     lines += _verdict(work, worst, device, fits)
+    if config.train.async_save:
+        held = max(checkpoint_host_bytes(work, stage.stage) for stage in stages) / GIB
+        lines.append(f"host memory while a checkpoint is written: {held:.1f} GiB per rank of the first replica")
     return "\n".join(lines), fits
 
 

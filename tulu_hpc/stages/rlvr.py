@@ -141,8 +141,8 @@ def fit(learner: Learner, first: int) -> None:
     )
     progress = Progress("rlvr", train.steps, start=first, enabled=main, interval=0.0 if train.steps <= 20 else None)
     stop = StopRequest(run.directory.stop_requested, run.directory.preempted, is_main=main)
-    saved = learner.trainer.step if first else None  # optimizer steps in the newest checkpoint
-    with logger, progress, stop:
+    saver = training_run.make_saver(run, learner.trainer)
+    with logger, progress, stop, saver:
         for step in range(first + 1, train.steps + 1):
             metrics, stopping = rollout_step(
                 learner, step, check_mismatch=step == first + 1, stop_requested=stop.pending()
@@ -156,12 +156,13 @@ def fit(learner: Learner, first: int) -> None:
                 accuracy=metrics["rollout/accuracy"],
                 **({"kl": metrics["train/kl"]} if "train/kl" in metrics else {}),
             )
+            saver.observe(metrics)
+            saver.poll()
             last = step == train.steps
-            due = last or stopping or bool(train.save_every and step % train.save_every == 0)
-            if due and saved != learner.trainer.step:  # else steps without an update are repeated, with the same result
+            if last or stopping or (train.save_every and step % train.save_every == 0):
+                # Without an update since the last one nothing is saved: those steps are repeated, with the same result.
                 extra = {"rollout_step": step, "prompts": fingerprint(learner.prompts)}
-                checkpoint.save(learner.trainer, run.directory.checkpoints, extra, keep_last=train.keep_last)
-                saved = learner.trainer.step
+                saver.save(extra, wait=last or stopping)
             if stopping and not last:
                 run.say(f"stopped on request after step {step}; start again to continue")
                 stop.acknowledge(step)

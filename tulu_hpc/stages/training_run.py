@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.layer_spec import row_step
 from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.run_directory import RunDirectory
 from tulu_hpc.config.schema import DpoConfig, RlvrConfig, SftConfig
-from tulu_hpc.config.sections import ModelSection, RlvrTrainSection, TrainSection
+from tulu_hpc.config.sections import ModelSection
 from tulu_hpc.data import sample_log
 from tulu_hpc.data.chat_template import ChatTemplate
 from tulu_hpc.data.loader import ItemLoader, StepData
@@ -29,7 +29,9 @@ from tulu_hpc.telemetry.metrics import MetricLogger
 from tulu_hpc.telemetry.progress import Progress
 from tulu_hpc.training import checkpoint, determinism
 from tulu_hpc.training.preemption import StopRequest
+from tulu_hpc.training.retention import Retention
 from tulu_hpc.training.runner import LossFn, row_multiple
+from tulu_hpc.training.saver import Saver
 from tulu_hpc.training.step import StepResult, train_step
 from tulu_hpc.training.trainer import DTYPES, Trainer, build_trainer
 
@@ -199,7 +201,8 @@ def fit(run: Run, trainer: Trainer, loader: ItemLoader, make_loss: Callable[[Ste
     interval = 0.0 if total <= 20 else None
     progress = Progress(run.verb, total, start=trainer.step, enabled=main, interval=interval)
     stop = StopRequest(run.directory.stop_requested, run.directory.preempted, is_main=main)
-    with logger, progress, stop, open_sample_log(run, loader, trainer.step) as samples:
+    saver = make_saver(run, trainer)
+    with logger, progress, stop, saver, open_sample_log(run, loader, trainer.step) as samples:
         while trainer.step < total:
             started = time.perf_counter()
             data = loader.next_step()
@@ -211,9 +214,11 @@ def fit(run: Run, trainer: Trainer, loader: ItemLoader, make_loss: Callable[[Ste
                 elapsed = time.perf_counter() - started
                 logger.log(result.step, _metrics(result, elapsed, loaded - started, run.groups.world_size))
             progress.update(result.step, tokens=result.rows, loss=f"{result.loss:.7f}", lr=result.lr)
+            saver.observe(_named(result))
+            saver.poll()
             last = result.step == total
             if last or result.stop_requested or (train.save_every and result.step % train.save_every == 0):
-                save(run, trainer, loader, train)
+                saver.save({"loader": loader.state_dict()}, wait=last or result.stop_requested)
             if result.stop_requested and not last:
                 run.say(f"stopped on request after step {result.step}; start again to continue")
                 stop.acknowledge(result.step)
@@ -231,10 +236,17 @@ def open_sample_log(run: Run, loader: ItemLoader, step: int) -> SampleLog:
     return SampleLog(folder, dp_rank=groups.dp_rank, resume_step=step, enabled=writes)
 
 
-def save(run: Run, trainer: Trainer, loader: ItemLoader, train: TrainSection | RlvrTrainSection) -> None:
-    """Checkpoint of the model and the position in the data."""
-    extra: dict[str, Any] = {"loader": loader.state_dict()}
-    checkpoint.save(trainer, run.directory.checkpoints, extra, keep_last=train.keep_last)
+def make_saver(run: Run, trainer: Trainer) -> Saver:
+    """Writer of this run's checkpoints."""
+    train = run.config.train
+    return Saver(
+        trainer,
+        run.directory.checkpoints,
+        retention=Retention(train.keep_last, train.keep_best, train.best_metric, train.best_mode),
+        background=train.async_save,
+        on_error=train.on_save_error,
+        saved_step=trainer.step or None,
+    )
 
 
 def finish(run: Run, trainer: Trainer) -> Path:
@@ -271,12 +283,15 @@ def exported_template(config: SftConfig | DpoConfig | RlvrConfig) -> str | None:
     return None if source == tokenizer.chat_template else source
 
 
-def _metrics(result: StepResult, elapsed: float, data_seconds: float, world_size: int) -> dict[str, float]:
-    """Names of a step's metrics: an objective's `loss` is `train/loss`, names with a room of their own stay."""
+def _named(result: StepResult) -> dict[str, float]:
+    """A step's metrics by name: an objective's `loss` is `train/loss`, names with a room of their own stay."""
     named = {name if "/" in name else f"train/{name}": value for name, value in result.metrics.items()}
+    return {**named, "train/grad_norm": result.grad_norm}
+
+
+def _metrics(result: StepResult, elapsed: float, data_seconds: float, world_size: int) -> dict[str, float]:
     return {
-        **named,
-        "train/grad_norm": result.grad_norm,
+        **_named(result),
         "train/lr": result.lr,
         "train/tokens": result.targets,
         "perf/tokens_per_second_per_gpu": result.rows / elapsed / world_size,

@@ -6,6 +6,7 @@ import os
 import random
 
 import torch
+import xxhash
 
 from tulu_hpc.parallel.device import default_device
 
@@ -49,3 +50,19 @@ def set_rng_state(state: dict[str, object]) -> None:
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])  # type: ignore[arg-type]
     get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def fingerprint() -> int:
+    """A number that the states of this process's python and torch (CPU) generators determine."""
+    torch_state = torch.get_rng_state().numpy().tobytes()
+    return xxhash.xxh3_64_intdigest(repr(random.getstate()).encode() + torch_state) % 2**31
+
+
+def seed_all(seed: int) -> None:
+    """Seed every generator as the start of a run does (the same on all ranks; megatron derives the tensor-parallel
+    streams)."""
+    from megatron.core import tensor_parallel
+
+    random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -136,11 +136,14 @@ def use_torch_optimizer() -> None:
 
 @torch.no_grad()
 def _copy_into_state(self: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-    """Copy a parameter's shard of master weight and moments; `step` comes with the parameter groups instead."""
+    """Copy a parameter's shard of master weight and moments; `step` comes with the parameter groups instead.
+
+    The master is missing where a checkpoint has none (`optimizer_form`): it is then a view of the loaded parameter.
+    """
     group, order = self.model_param_group_index_map[model_param]
     main_param = self.optimizer.param_groups[group]["params"][order]
     for name, target in {"param": main_param, **self.optimizer.state[main_param]}.items():
-        if name != "step":
+        if name != "step" and not (name == "param" and name not in tensors):
             target.copy_(tensors[name])
 
 

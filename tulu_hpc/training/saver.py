@@ -1,0 +1,238 @@
+"""Writing checkpoints: in the background while training goes on, published whole or not at all.
+
+A checkpoint is written to `step_N.tmp`, synced to disk and renamed to `step_N`, so that a kill at any moment leaves
+either the old state or the new one. At most one is on its way: each rank's part is a thread's work, `poll` after every
+step asks whether all have ended, and then the main process publishes. The last checkpoint of a run, and that of a stop
+on request, are waited for.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from tulu_hpc.models.safetensors_files import sync_to_disk
+from tulu_hpc.training import checkpoint, determinism
+from tulu_hpc.training.preemption import Preempted
+from tulu_hpc.training.retention import STATE, Retention, discard, remove_leftovers
+from tulu_hpc.training.snapshot import FORMAT, Part, Snapshot, free_bytes, reason
+from tulu_hpc.training.step import NonFiniteError
+from tulu_hpc.training.trainer import Trainer
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written: file, rank, reason, and the space that was missing."""
+
+
+class MetricError(ValueError):
+    """The metric that decides which checkpoint is the best does not exist."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    step: int
+    snapshot: Snapshot
+    part: Future[Part]
+
+
+class Saver:
+    """Writes the checkpoints of one run; a context manager around its loop. All methods are collective.
+
+    Args:
+        directory: `checkpoints/` of the run.
+        background: let training go on while a checkpoint is written, at the price of a copy of what this rank writes
+            in host memory.
+        on_error: `continue` warns about a checkpoint that could not be written and goes on; those that are waited for
+            raise in any case.
+        saved_step: where the run was resumed; that step is not saved again.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        directory: Path,
+        *,
+        retention: Retention,
+        background: bool = True,
+        on_error: Literal["raise", "continue"] = "raise",
+        saved_step: int | None = None,
+    ) -> None:
+        self._trainer, self._groups, self._directory = trainer, trainer.groups, directory
+        self._retention, self._background, self._on_error = retention, background, on_error
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
+        self._newest = saved_step
+        self._values: list[float] = []
+
+    def __enter__(self) -> Self:
+        # A kill may have come between a publication and what follows it.
+        self._tidy(None)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            # All ranks are here together, unless an error has hit some of them only.
+            if kind is None or issubclass(kind, NonFiniteError | Preempted):
+                self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Note the metrics of a step, for choosing the best checkpoint.
+
+        Raises:
+            MetricError: the chosen metric is not among those of a step with an update; with the names there are.
+        """
+        name = self._retention.metric
+        if name is None:
+            return
+        if name in metrics:
+            self._values.append(float(metrics[name]))
+        elif "train/grad_norm" in metrics:
+            raise MetricError(f"train.best_metric = {name}: there is no such metric; there are {', '.join(metrics)}")
+
+    def save(self, extra: dict[str, Any], *, wait: bool = False) -> None:
+        """Start the checkpoint of the trainer's step, once the one before has been published.
+
+        Args:
+            extra: JSON-able state of the caller (loader position, ...), returned by `checkpoint.load_latest`.
+            wait: return when it is published.
+
+        Raises:
+            SaveError: this one (where waited for) or the one before could not be written.
+        """
+        trainer = self._trainer
+        self.wait()
+        if self._newest == trainer.step:
+            return
+        partial = self._directory / f"step_{trainer.step}.tmp"
+
+        def prepare() -> None:
+            remove_leftovers(self._directory)
+            partial.mkdir(parents=True)
+
+        failure = self._on_main(prepare)
+        if failure is not None:
+            self._fail(trainer.step, failure, 0, strict=wait)
+            return
+        trainer.synchronise_parameters()
+        state = checkpoint.sharded_state(trainer, loading=False)
+        background = self._background and not wait
+        plain = {STATE: json.dumps(self._state(extra), indent=1).encode()}
+        snapshot = Snapshot.take(state, partial, plain, self._groups, hold=background)
+        if background:
+            part = self._pool.submit(snapshot.write)
+        else:
+            part = Future()
+            part.set_result(snapshot.write())
+        self._pending, self._newest = _Pending(trainer.step, snapshot, part), trainer.step
+        if not background:
+            self.wait(strict=wait)
+
+    def poll(self) -> None:
+        """Publish the checkpoint on its way if every rank has written its part.
+
+        Raises:
+            SaveError: a rank could not.
+        """
+        if self._pending is not None and all(self._groups.all_gather_object(self._pending.part.done())):
+            self.wait()
+
+    def wait(self, *, strict: bool = False) -> None:
+        """Publish the checkpoint on its way, if there is one, as soon as all ranks have written their parts.
+
+        Args:
+            strict: raise also where on_error says `continue`.
+
+        Raises:
+            SaveError: a rank could not.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        parts = self._groups.all_gather_object(pending.part.result())
+        rank, failure = next(((rank, part.failure) for rank, part in enumerate(parts) if part.failure), (0, None))
+        if failure is None:
+            failure = self._on_main(lambda: self._publish(pending, parts))
+        if failure is not None:
+            self._fail(pending.step, failure, rank, needed=pending.snapshot.bytes_all, strict=strict)
+        else:
+            self._tidy(pending.step)
+
+    def _publish(self, pending: _Pending, parts: list[Part]) -> None:
+        partial, final = pending.snapshot.directory, self._directory / f"step_{pending.step}"
+        pending.snapshot.seal(parts, pending.step)
+        if final.exists():  # saved before, then resumed from an older one
+            discard(final)
+        partial.rename(final)
+        sync_to_disk(self._directory)
+
+    def _tidy(self, newest: int | None) -> None:
+        failure = self._on_main(lambda: self._retention.apply(self._directory, newest=newest))
+        if failure is not None:
+            self._raise_or_warn(f"older checkpoints could not be removed: {failure[0]}: {failure[1]}")
+
+    def _state(self, extra: dict[str, Any]) -> dict[str, Any]:
+        groups, values, self._values = self._groups, self._values, []
+        score = {"metric": self._retention.metric, "value": sum(values) / len(values)} if values else None
+        return {
+            "format": FORMAT,
+            "step": self._trainer.step,
+            "world_size": groups.world_size,
+            "layout": checkpoint.layout_keys(groups),
+            "generators": determinism.fingerprint(),
+            "score": score,
+            "extra": extra,
+        }
+
+    def _on_main(self, action: Any) -> tuple[str, str] | None:
+        """Do it on the main process; (file, reason) on all ranks if the operating system refused."""
+        failure = None
+        if self._groups.is_main:
+            try:
+                action()
+            except OSError as error:
+                failure = (str(error.filename or self._directory), reason(error))
+        answer: tuple[str, str] | None = self._groups.broadcast_object(failure)
+        return answer
+
+    def _fail(self, step: int, failure: tuple[str, str], rank: int, *, needed: int = 0, strict: bool = False) -> None:
+        """Remove the half-written checkpoint, then raise or warn."""
+        self._newest, text = None, None
+        if self._groups.is_main:
+            shutil.rmtree(self._directory / f"step_{step}.tmp", ignore_errors=True)
+            file, why = failure
+            text = f"checkpoint step_{step} could not be written: {file}: {why} (rank {rank}){self._space(needed)}"
+        self._raise_or_warn(str(self._groups.broadcast_object(text)), strict=strict)
+
+    def _raise_or_warn(self, text: str, *, strict: bool = False) -> None:
+        """With the same words on every rank."""
+        if strict or self._on_error == "raise":
+            raise SaveError(text)
+        if self._groups.is_main:
+            print(f"warning: {text}; training goes on", file=sys.stderr, flush=True)
+
+    def _space(self, needed: int) -> str:
+        try:
+            free = free_bytes(self._directory)
+        except OSError:
+            return ""
+        if needed <= free:
+            return ""
+        return f"; it needs {needed:,} bytes, {free:,} are free: {needed - free:,} bytes more are needed"
+
+
+def save(trainer: Trainer, directory: Path, extra: dict[str, Any], *, keep_last: int = 2) -> Path:
+    """Write one checkpoint and wait for it; its directory. Collective."""
+    with Saver(trainer, directory, retention=Retention(last=keep_last), background=False) as saver:
+        saver.save(extra, wait=True)
+    return directory / f"step_{trainer.step}"
