@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.test_linear_logprob import problem
+from tests.kernels.linear_logprob_cases import problem
 from tulu_hpc.kernels import linear_logprob
 from tulu_hpc.kernels.linear_logprob import peers
 
