@@ -7,7 +7,7 @@ from tulu_hpc.kernels.native import check, core
 
 
 class CpuRows:
-    """See `blocks.RowKernels`."""
+    """See `problem.RowKernels`."""
 
     name = "cpu"
     # A GEMM of this many rows runs at the speed of a large one; fewer would be padded to it.

@@ -7,7 +7,7 @@ from tulu_hpc.kernels.native import check, core
 
 
 class CudaRows:
-    """See `blocks.RowKernels`. Launches go to torch's current stream of the tensors' device."""
+    """See `problem.RowKernels`. Launches go to torch's current stream of the tensors' device."""
 
     name = "cuda"
     # cuBLAS promises nothing about the order of its sums.

@@ -2,7 +2,7 @@
 
 Shapes: T rows of hidden, U rows that have targets, K targets, H hidden, V vocabulary, Vl its local shard.
 
-The op `tulu_hpc::linear_logprob_stats` (`library`) works on one shard and returns per-target statistics (`blocks`);
+The op `tulu_hpc::linear_logprob_stats` (`library`) works on one shard and returns per-target statistics (`problem`);
 their exchange between ranks and the merge are plain torch around it.
 """
 
@@ -49,9 +49,9 @@ def linear_logprob(
 ) -> LogprobOutput:
     """Log-probs, and entropies on request, of `target_K` under softmax(softcap(hidden weight^T) / temperature).
 
-    Differentiable in hidden and weight for any upstream gradient of both outputs. The logits exist only in blocks of at
-    most `max_buffer_bytes`; they are kept for the backward pass when all of them fit (6 N H V FLOPs in all), else each
-    block is computed again (8 N H V). Only rows with a target that is not ignored enter the GEMMs, each once.
+    Differentiable in hidden and weight for any upstream gradient of both outputs. The logits exist only in blocks; they
+    are kept for the backward pass when they fit into `max_buffer_bytes` (6 N H V FLOPs in all), else each block is
+    computed again (8 N H V). Only rows with a target that is not ignored enter the GEMMs, each once.
     bf16 operands give fp32 results from fp32 logits; gradients of the weight are accumulated in fp32.
 
     Args:
@@ -65,7 +65,8 @@ def linear_logprob(
         tp_group: the ranks that share the vocabulary. The op gathers hidden rows (`sequence_parallel`) and reduces the
             gradient of hidden itself; statistics are merged by one all-gather of four numbers per target.
         vocab_start: id of this shard's first row; default rank * Vl.
-        max_buffer_bytes: bound on memory for logits, default 256 MiB.
+        max_buffer_bytes: bound on memory beyond arguments and gradients, default 256 MiB: logits, scratch and fp32
+            sums. `buffers.extra_bytes` says what a call takes, also where sums alone need more than the bound.
         batch_invariant: the outputs of a target are bitwise the same whatever other targets and rows are in the call,
             in whatever order ("reference": one row at a time; "cpu" and "triton": blocks of a fixed shape). Gradients
             are not.
@@ -94,11 +95,11 @@ def linear_logprob(
         softcap or 0.0,
         vocab_start,
         DEFAULT_BUFFER_BYTES if max_buffer_bytes is None else max_buffer_bytes,
-        keep,
-        batch_invariant,
         name,
         tp_group.group_name if tp_group is not None and ranks > 1 else "",
         sequence_parallel,
+        keep,
+        batch_invariant,
     )
     if tp_group is not None and ranks > 1:
         stats_RK4 = tensor_parallel.GatherStatistics.apply(stats_K4, tp_group)

@@ -41,7 +41,7 @@ def linear_logprob_dense(
 
 
 class ReferenceRows:
-    """The two row passes in torch (any device; fp32 and fp64); see `blocks.RowKernels` for what they must do."""
+    """The two row passes in torch (any device; fp32 and fp64); see `problem.RowKernels` for what they must do."""
 
     name = "reference"
     # One row at a time: every product has the same shape whatever the number of rows.

@@ -89,7 +89,7 @@ class GatherStatistics(torch.autograd.Function):
 
 
 def merge(stats_RK4: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """Log-probs [K] and entropies [K] from the statistics of every shard (columns: `blocks`)."""
+    """Log-probs [K] and entropies [K] from the statistics of every shard (columns: `problem`)."""
     if stats_RK4.shape[0] == 1:
         maximum, log_sum, centred, picked = stats_RK4[0].unbind(-1)
         return picked - maximum.detach() - log_sum, (log_sum - centred if with_entropy else None)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tulu_hpc.kernels.ahead_of_time import Case
-from tulu_hpc.kernels.linear_logprob.blocks import HiddenDone, Problem, drop_zero_rows, per_target
+from tulu_hpc.kernels.linear_logprob.problem import HiddenDone, Problem, drop_zero_rows, per_target
 from tulu_hpc.kernels.triton_dot import dot
 
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -278,7 +278,7 @@ def backward(
     need_weight: bool,
     hidden_done: HiddenDone,
 ) -> Tensor:
-    """As `blocks.backward`; every logit is computed again."""
+    """As `gradients.backward`; every logit is computed again."""
     width, all_rows = problem.hidden_UH.shape[1], problem.hidden_UH.shape[0]
     problem, stats_K4, grad_K4, rows_A = drop_zero_rows(problem, stats_K4, grad_K4)
     hidden, weight = problem.hidden_UH, problem.weight_VlH

@@ -44,7 +44,7 @@ from tulu_hpc.kernels.preference_loss.problem import HINGE, ODDS, ODDS_LIMIT, SI
 
 def sequence_sums(logprobs_K: Tensor, sequence_id_K: Tensor, sequences: int) -> Tensor:
     """Sum of log-probs of each of Q sequences, fp64."""
-    sums_Q = logprobs_K.new_zeros(sequences, dtype=torch.float64)  # an fp32 running sum loses digits of the margin
+    sums_Q = logprobs_K.new_zeros(sequences, dtype=torch.float64)  # fp32 would be off by more than a margin may be
     return sums_Q.index_add(0, sequence_id_K, logprobs_K.double())
 
 

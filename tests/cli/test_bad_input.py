@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tulu_hpc.cli.main import main
-from tulu_hpc.data import records
+from tulu_hpc.data import rows
 
 MODEL = "model: {path: DIR/none}\n"
 DATA = "data: {path: DIR/none.jsonl}\n"
@@ -285,7 +285,7 @@ def test_mistyped_paths_are_not_looked_up_elsewhere(
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} went to the hub")
 
-    monkeypatch.setattr(records, "_hub_rows", refuse)
+    monkeypatch.setattr(rows, "_hub_rows", refuse)
     (tmp_path / "here").mkdir()
     config = write(tmp_path, verb)
     config.write_text(config.read_text().replace(f"{tmp_path}/none.jsonl", path))

@@ -11,7 +11,8 @@ import pytest
 from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.schema import DecontaminateConfig, InitialiseConfig, MixConfig, PreferConfig, SyntheticConfig
 from tulu_hpc.config.sections import DataSection
-from tulu_hpc.data.records import RecordError, read_records
+from tulu_hpc.data.records import read_records
+from tulu_hpc.data.rows import RecordError
 from tulu_hpc.stages import decontaminate, initialise, mix, prefer, synthesize
 from tulu_hpc.stages.tables import format_table
 

@@ -22,7 +22,8 @@ from tulu_hpc.curation.decontamination import (
     tokenize,
     user_turns,
 )
-from tulu_hpc.data.records import RecordError, read_records, write_jsonl
+from tulu_hpc.data.records import read_records
+from tulu_hpc.data.rows import RecordError, write_jsonl
 
 PROMPT = "Tom has twelve red apples and gives three of them to Ann today"
 

@@ -15,7 +15,8 @@ import pytest
 from tulu_hpc.curation.decontamination import EvalSet, TrainSet, decontaminate
 from tulu_hpc.curation.synthetic import dataset, instructions, word_problems
 from tulu_hpc.curation.synthetic.dataset import EDITS, EVALS, SOURCES, Sizes, SyntheticData, _final_lines, generate
-from tulu_hpc.data.records import parse_record, write_jsonl
+from tulu_hpc.data.records import parse_record
+from tulu_hpc.data.rows import write_jsonl
 from tulu_hpc.verifiers.registry import check_record, verify
 
 SIZES = Sizes(

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tulu_hpc.data.mixing import MixResult, Source, mix
-from tulu_hpc.data.records import RecordError, read_records, write_jsonl
+from tulu_hpc.data.records import read_records
+from tulu_hpc.data.rows import RecordError, write_jsonl
 
 
 def write(path: Path, name: str, count: int) -> str:

@@ -13,7 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tulu_hpc.data.records import Message, RecordError, RlvrRecord, is_hub_id, parse_record, read_records, write_jsonl
+from tulu_hpc.data.records import Message, RlvrRecord, parse_record, read_records
+from tulu_hpc.data.rows import RecordError, is_hub_id, write_jsonl
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 SFT = {"messages": [USER, ANSWER], "source": "flan", "extra": 1}

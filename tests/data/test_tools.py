@@ -12,7 +12,8 @@ from tests.data.tokenizers_for_tests import chat_markers
 from tulu_hpc.data.chat_template import ChatTemplate, MaskProofError, encode_conversation, encode_conversations
 from tulu_hpc.data.datasets import sft_items
 from tulu_hpc.data.mixing import to_row
-from tulu_hpc.data.records import RecordError, SftRecord, parse_record, read_records
+from tulu_hpc.data.records import SftRecord, parse_record, read_records
+from tulu_hpc.data.rows import RecordError
 
 # As many models are trained: tools in the system turn, calls as tagged JSON, answers in a user turn.
 TAGGED = (

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.gpu.moved import REHEARSAL, replace
-from tests.kernels import policy_cases
+from tests.kernels import linear_logprob_cases, policy_cases
 from tests.kernels import test_gae as gae
 from tests.kernels import test_linear_logprob as linear
 from tests.kernels import test_packed_attention as attention
@@ -37,7 +37,8 @@ small_tiles = attention_triton.small_tiles  # a fixture of its tests, which find
 @pytest.fixture(autouse=True, scope="module")
 def _on_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        replace(patch, linear, ["linear_logprob"], {"cpu": "cuda"})
+        for module in (linear_logprob_cases, linear):
+            replace(patch, module, ["linear_logprob"], {"cpu": "cuda"})
         replace(patch, attention, ["packed_attention", "plan_attention"], {"cpu": "triton"})
         replace(patch, preference_loss, ["preference_loss"], LOSSES)
         for module in (policy_cases, policy_loss):

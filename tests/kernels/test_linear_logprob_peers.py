@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.test_linear_logprob import problem
+from tests.kernels.linear_logprob_cases import problem
 from tulu_hpc.kernels import linear_logprob
 from tulu_hpc.kernels.linear_logprob import peers
 
@@ -16,20 +16,36 @@ def _values(function, h, w, target, weights):
     return [logprobs.detach(), *torch.autograd.grad((logprobs * weights).sum(), (h, w))]
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("name", NAMES)
-def test_agrees_with_the_peer(name, backend):
-    """cut-cross-entropy's compiled path runs uncompiled here: the same formula, half a minute less."""
+def agree(name: str, backend: str, seed: int) -> None:
+    """Sizes, values and ignored targets by the seed."""
     found = {"dense": peers.dense, **peers.available()}
     if name not in found:
         pytest.skip(f"{name} is not installed (extra `peers`, or a newer torch)")
-    h, w, target, _ = problem(40, 32, 300, 40)
-    target[::5] = -100
-    weights = torch.randn(40, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(seed)
+    rows, hidden, vocab = (int(torch.randint(2, high, (1,), generator=generator)) for high in (60, 50, 400))
+    h, w, target, _ = problem(rows, hidden, vocab, rows, seed=seed)
+    target[torch.rand(rows, generator=generator) < 0.2] = -100
+    target[0] = 1
+    weights = torch.randn(rows, generator=generator)
     mine = _values(lambda a, b, t: linear_logprob(a, b, t, backend=backend).logprobs_K, h, w, target, weights)
+    # cut-cross-entropy's compiled path runs uncompiled here: the same formula, half a minute less.
     with torch.compiler.set_stance("force_eager"):
         theirs = _values(found[name], h, w, target, weights)
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("name", NAMES)
+def test_agrees_with_the_peer(name, backend):
+    agree(name, backend, 0)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", NAMES)
+def test_agrees_with_the_peer_on_random_cases(name, soak_figures):
+    for seed in range(1, 251):
+        agree(name, "cpu", seed)
+    soak_figures(cases=250)
 
 
 def test_entropy_and_temperature_agree_with_liger():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.test_linear_logprob import compare, problem
+from tests.kernels.linear_logprob_cases import compare, problem
 from tulu_hpc.kernels import BackendError, last_backend, linear_logprob, triton_support
 from tulu_hpc.kernels.linear_logprob.reference import linear_logprob_dense
 
@@ -169,16 +169,16 @@ def test_opcheck_and_compile():
     h, w, target, _ = (x.to(DEVICE) for x in problem(5, 4, 30, 5))
     h, w = h.requires_grad_(), w.requires_grad_()
     arguments = (h, w, target, torch.arange(6, device=DEVICE), None)
-    constants, last = (1.0, 0.0, 0, 2**20), ("triton", "", False)
+    settings = (1.0, 0.0, 0, 2**20, "triton", "", False)
     op = torch.ops.tulu_hpc.linear_logprob_stats
-    torch.library.opcheck(op.default, (*arguments, *constants, True, False, *last))
+    torch.library.opcheck(op.default, (*arguments, *settings, True, False))
     with torch.no_grad():
-        outputs = op(*arguments, *constants, True, False, *last)
+        outputs = op(*arguments, *settings, True, False)
     assert outputs[1].numel() == 0
     arguments = tuple(None if x is None else x.detach() for x in arguments)
     torch.library.opcheck(
         torch.ops.tulu_hpc.linear_logprob_stats_backward.default,
-        (torch.randn_like(outputs[0]), *outputs, *arguments, *constants, True, True, *last),
+        (torch.randn_like(outputs[0]), *outputs, *arguments, *settings, True, True),
     )
     target[3] = -100
 

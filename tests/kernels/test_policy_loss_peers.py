@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,11 +30,13 @@ PEER_CASES = [
 ]
 
 
-def peer_case(options: dict[str, Any]) -> tuple[dict[str, Tensor], list[int], dict[str, Tensor], Tensor, dict]:
+def peer_case(
+    options: dict[str, Any], seed: int = 3
+) -> tuple[dict[str, Tensor], list[int], dict[str, Tensor], Tensor, dict]:
     lengths = [5, 2, 7, 1]
-    columns = pack(lengths, seed=3)
+    columns = pack(lengths, seed=seed)
     columns.pop("weights_K")
-    advantages = torch.tensor([1.0, -0.5, 0.8, -1.2], dtype=torch.float64)
+    advantages = torch.randn(4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     columns["advantages_K"] = advantages[columns["sequence_id_K"]]
     ours = {"clip_low": 0.2, "clip_high": 0.28, **options, "kl_coef": 0.1}
     ours |= {"importance": "truncated", "importance_high": 1.2}
@@ -41,10 +44,9 @@ def peer_case(options: dict[str, Any]) -> tuple[dict[str, Tensor], list[int], di
     return columns, lengths, table, mask, ours
 
 
-@pytest.mark.parametrize("loss_type, level, options", PEER_CASES)
-def test_against_trl(loss_type: str, level: str, options: dict[str, Any]) -> None:
+def check_trl(loss_type: str, level: str, options: dict[str, Any], seed: int = 3) -> None:
     trainer = pytest.importorskip("trl").GRPOTrainer
-    columns, _, table, mask, ours = peer_case(options)
+    columns, _, table, mask, ours = peer_case(options, seed)
     columns.pop("entropy_K")
     logprobs = table["logprobs_K"].clone().requires_grad_()
     high = 1 + ours["clip_high"] if loss_type == "cispo" else ours["clip_high"]
@@ -78,11 +80,9 @@ def test_against_trl(loss_type: str, level: str, options: dict[str, Any]) -> Non
     assert float(out.metrics["policy/kl"]) / int(mask.sum()) == pytest.approx(kl, rel=1e-6)
 
 
-@pytest.mark.parametrize("loss_type, level, options", PEER_CASES)
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
-def test_against_liger(backend: str, loss_type: str, level: str, options: dict[str, Any]) -> None:
+def check_liger(backend: str, loss_type: str, level: str, options: dict[str, Any], seed: int = 3) -> None:
     peer = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss").LigerFusedLinearGRPOFunction
-    columns, _, table, mask, ours = peer_case(options)
+    columns, _, table, mask, ours = peer_case(options, seed)
     columns.pop("entropy_K")
     logprobs = table["logprobs_K"].clone().requires_grad_()
     high = 1 + ours["clip_high"] if loss_type == "cispo" else ours["clip_high"]
@@ -102,3 +102,27 @@ def test_against_liger(backend: str, loss_type: str, level: str, options: dict[s
     torch.testing.assert_close(ours_grad.double() / 1.5, grad[mask], **near)
     if loss_type != "cispo":  # a clipped weight counts for us whatever the sign of its advantage
         assert float(out.metrics["policy/clip_fraction"]) / int(mask.sum()) == pytest.approx(float(metrics[1]))
+
+
+@pytest.mark.parametrize("loss_type, level, options", PEER_CASES)
+def test_against_trl(loss_type: str, level: str, options: dict[str, Any]) -> None:
+    check_trl(loss_type, level, options)
+
+
+@pytest.mark.parametrize("loss_type, level, options", PEER_CASES)
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_against_liger(backend: str, loss_type: str, level: str, options: dict[str, Any]) -> None:
+    check_liger(backend, loss_type, level, options)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("peer", ["trl", "liger"])
+def test_peers_on_random_cases(peer: str, soak_figures: Callable[..., None]) -> None:
+    seeds = range(100, 150)
+    for seed in seeds:
+        for case in PEER_CASES:
+            if peer == "trl":
+                check_trl(*case, seed)
+            else:
+                check_liger("reference", *case, seed)
+    soak_figures(cases=len(seeds) * len(PEER_CASES))

@@ -188,15 +188,24 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
     return case, wrt, options
 
 
-@pytest.mark.parametrize(("backend", "examples"), [("cpu", 150), ("triton", 25)])
-def test_random_cases(backend: str, examples: int) -> None:
+def random_cases(backend: str, examples: int) -> int:
+    ran = 0
+
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
     @given(cases())
     def run(drawn: tuple[dict[str, Tensor], str, dict[str, Any]]) -> None:
+        nonlocal ran
         case, wrt, options = drawn
         check(case, backend, wrt, **options)
+        ran += 1
 
     run()
+    return ran
+
+
+@pytest.mark.parametrize(("backend", "examples"), [("cpu", 150), ("triton", 25)])
+def test_random_cases(backend: str, examples: int) -> None:
+    assert random_cases(backend, examples) >= examples
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

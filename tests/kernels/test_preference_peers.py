@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,9 +20,9 @@ PAIR_TABLE = torch.stack([torch.arange(PAIRS), torch.arange(PAIRS, 2 * PAIRS)], 
 MASK = torch.arange(LENGTH) < LENGTHS[:, None]
 
 
-def tables() -> tuple[Tensor, Tensor, Tensor]:
+def tables(seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     """Padded log-probs [2P, length], reference sums, and log sum p^2 of each token."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     logprobs = -2 * torch.rand(2 * PAIRS, LENGTH, generator=generator).double() * MASK
     reference = logprobs.sum(1) + torch.randn(2 * PAIRS, generator=generator).double()
     alignment = -torch.rand(2 * PAIRS, LENGTH, generator=generator).double() * MASK
@@ -80,22 +81,21 @@ def trl_dpo(loss_type: str, x: Tensor, reference: Tensor, alignment: Tensor, smo
     return loss, {name: values[-1] for name, values in self._metrics["train"].items()}
 
 
-@pytest.mark.parametrize(
-    ("kind", "loss_type", "smoothing", "wpo"),
-    [
-        ("dpo", "sigmoid", 0.0, False),
-        ("dpo", "sigmoid", 0.0, True),
-        ("dpo_norm", "sigmoid_norm", 0.0, False),
-        ("dpo_norm", "sigmoid_norm", 0.0, True),
-        ("ipo", "ipo", 0.0, False),
-        ("ipo", "ipo", 0.0, True),
-        ("robust", "robust", 0.2, False),
-        ("robust", "robust", 0.2, True),
-        ("hinge", "hinge", 0.0, False),  # with weights TRL multiplies the hinge in place, which has no backward pass
-    ],
-)
-def test_trl_dpo(kind: str, loss_type: str, smoothing: float, wpo: bool) -> None:
-    logprobs, reference, alignment = tables()
+TRL_CASES = [
+    ("dpo", "sigmoid", 0.0, False),
+    ("dpo", "sigmoid", 0.0, True),
+    ("dpo_norm", "sigmoid_norm", 0.0, False),
+    ("dpo_norm", "sigmoid_norm", 0.0, True),
+    ("ipo", "ipo", 0.0, False),
+    ("ipo", "ipo", 0.0, True),
+    ("robust", "robust", 0.2, False),
+    ("robust", "robust", 0.2, True),
+    ("hinge", "hinge", 0.0, False),  # with weights TRL multiplies the hinge in place, which has no backward pass
+]
+
+
+def check_trl_dpo(kind: str, loss_type: str, smoothing: float, wpo: bool, seed: int) -> None:
+    logprobs, reference, alignment = tables(seed)
     x = logprobs.requires_grad_()
     wanted, metrics = trl_dpo(loss_type, x, reference, alignment, smoothing, wpo)
     options = {"weighting": "wpo", "alignment_sums_Q": alignment.sum(1)} if wpo else {}
@@ -106,6 +106,20 @@ def test_trl_dpo(kind: str, loss_type: str, smoothing: float, wpo: bool) -> None
         names += ["rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
     for name in names:
         assert float(found.metrics[name]) / PAIRS == pytest.approx(metrics[name], rel=1e-6), name
+
+
+@pytest.mark.parametrize(("kind", "loss_type", "smoothing", "wpo"), TRL_CASES)
+def test_trl_dpo(kind: str, loss_type: str, smoothing: float, wpo: bool) -> None:
+    check_trl_dpo(kind, loss_type, smoothing, wpo, 3)
+
+
+@pytest.mark.soak
+def test_trl_dpo_on_random_cases(soak_figures: Callable[..., None]) -> None:
+    seeds = range(100, 130)
+    for seed in seeds:
+        for case in TRL_CASES:
+            check_trl_dpo(*case, seed)
+    soak_figures(cases=len(seeds) * len(TRL_CASES))
 
 
 def test_trl_label_smoothing() -> None:

@@ -8,12 +8,12 @@ and allocator, pipeline and tensor parallelism; their terms differ from the meas
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from tests.memory import peak_bytes
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.sections import ModelSection, OptimizerSection, ParallelSection
 from tulu_hpc.data.packed_batch import Item, TokenSequence, pack
@@ -39,19 +39,6 @@ def architecture(**changes: int | bool) -> Architecture:
         "num_attention_heads": 4, "num_key_value_heads": 2,
     }  # fmt: skip
     return Architecture(**{**shape, **changes})  # type: ignore[arg-type]
-
-
-def peak_bytes(work: Callable[[], None]) -> int:
-    gc.collect()  # what an earlier test left must not be released, and so subtracted, while this one is measured
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
-    results = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
-    events = sorted((event for event in results if event.name() == "[memory]"), key=lambda event: event.start_ns())
-    live = peak = 0
-    for event in events:
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def measure(shape: Architecture, recompute: Recompute, buffer_mib: int) -> int:
@@ -84,7 +71,8 @@ def measure(shape: Architecture, recompute: Recompute, buffer_mib: int) -> int:
             gc.collect()
             train_step(trainer, [batch], lambda output, _: sft_terms(output.logprobs_K, divisor=4.0))
 
-    return peak_bytes(run)
+    peak, _ = peak_bytes(run)
+    return peak
 
 
 def planned(shape: Architecture, recompute: Recompute, buffer_mib: int) -> StageMemory:

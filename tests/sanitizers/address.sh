@@ -38,6 +38,8 @@ core().linear_logprob_forward_cpu(a[0], 640, 1, 640, 0, target.data_ptr(), start
   cat "$COPY/planted.log" >&2
   exit 1
 fi
-TESTS=(tests/kernels/test_linear_logprob.py tests/kernels/test_preference_loss.py tests/kernels/test_policy_loss.py
+TESTS=(tests/kernels/test_linear_logprob.py
+  tests/kernels/test_linear_logprob_products.py tests/kernels/test_linear_logprob_invariance.py
+  tests/kernels/test_linear_logprob_interface.py tests/kernels/test_preference_loss.py tests/kernels/test_policy_loss.py
   tests/kernels/test_value_loss.py tests/kernels/test_gae.py)
 "$PYTHON" -m pytest -p no:cacheprovider "${@:-${TESTS[@]}}" -k "not compile and not triton"

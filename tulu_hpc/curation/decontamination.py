@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tulu_hpc.data.records import NOT_TEXT, RecordError, is_text, iterate_rows, json_text, write_lines
+from tulu_hpc.data.rows import NOT_TEXT, RecordError, is_text, iterate_rows, json_text, write_lines
 
 Action = Literal["report", "drop_rows", "paper"]
 Tokens = tuple[str, ...]

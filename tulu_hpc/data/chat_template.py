@@ -23,7 +23,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tulu_hpc.data.records import Message, Tools, json_text, message_dicts
+from tulu_hpc.data.records import Message, Tools, message_dicts
+from tulu_hpc.data.rows import json_text
 
 # The text is that of Tulu 3 (open-instruct, dataset_transformation.py, key "tulu"): end-of-text closes every assistant
 # turn, a line break follows all but the last. Unlike there, an unknown role is an error and not silently left out.

@@ -1,4 +1,4 @@
-"""Record schemas and their readers: JSONL (also .gz), Parquet, directories of these, Hugging Face data sets.
+"""Record schemas, and records from the rows of a file or data set (`rows`).
 
 | kind | fields |
 |---|---|
@@ -12,37 +12,19 @@ fields are ignored by the readers. No torch is imported here.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, overload
 
+from tulu_hpc.data.rows import NOT_TEXT, RecordError, is_text, iterate_rows, json_text, show
+
 RecordKind = Literal["sft", "preference", "rlvr"]
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]:%+-]+)?")
-# Data set ids have versions in them (`llama-3.1-tulu`), so a suffix is letters first: `.txt`, `.jsonl`, `.gz`.
-_FILE_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]*")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 ROLES = ("system", "user", "assistant", "tool")
 Tools = Sequence[Mapping[str, Any]]  # JSON schemas of functions, in the form that the chat template expects
-
-
-class RecordError(ValueError):
-    """A row that does not fit its schema.
-
-    Attributes:
-        file: path or data set id.
-        line: 1-based line of a JSONL file, or 1-based row otherwise.
-        field: dotted name of the offending field; empty when the row as a whole is wrong.
-    """
-
-    def __init__(self, message: str, *, file: str, line: int, field: str = "") -> None:
-        super().__init__(f"{file}:{line}: {field + ': ' if field else ''}{message}")
-        self.file, self.line, self.field = file, line, field
 
 
 class _FieldError(ValueError):
@@ -112,7 +94,6 @@ class RlvrRecord:
     tools: Tools = ()
 
 
-NOT_TEXT = "holds half of a surrogate pair, which is no text"
 AnyRecord = SftRecord | PreferenceRecord | RlvrRecord
 R = TypeVar("R", SftRecord, PreferenceRecord, RlvrRecord)
 
@@ -210,7 +191,7 @@ def parse_record(row: Mapping[str, Any], kind: RecordKind, *, file: str, line: i
     source = row.get("source")
     try:
         if source is not None and not isinstance(source, str):
-            raise _FieldError("source", f"is {_show(source)}, need a string")
+            raise _FieldError("source", f"is {show(source)}, need a string")
         if source is not None and not is_text(source):
             raise _FieldError("source", NOT_TEXT)
         return parsers[kind](row, source or _stem(file), _tools(row))
@@ -280,7 +261,7 @@ def _rlvr(row: Mapping[str, Any], source: str, tools: Tools) -> RlvrRecord:
     ground_truth = row["ground_truth"] if isinstance(row["ground_truth"], list) else [row["ground_truth"]]
     dataset = row["dataset"] if isinstance(row["dataset"], list) else [row["dataset"]]
     if not dataset or not all(isinstance(name, str) and name for name in dataset):
-        raise _FieldError("dataset", f"is {_show(row['dataset'])}, need a name or a list of names")
+        raise _FieldError("dataset", f"is {show(row['dataset'])}, need a name or a list of names")
     if len(dataset) != len(ground_truth):
         raise _FieldError("ground_truth", f"has {len(ground_truth)} entries for {len(dataset)} names in dataset")
     for name, value in (("ground_truth", ground_truth), ("dataset", dataset)):
@@ -299,20 +280,20 @@ def _messages(row: Mapping[str, Any], name: str) -> list[Message]:
         near = ", ".join(sorted(str(key) for key in row)) or "none"
         raise _FieldError(name, f"is missing (fields of the row: {near})")
     if not isinstance(value, list) or not value:
-        raise _FieldError(name, f"is {_show(value)}, need a list of at least one message")
+        raise _FieldError(name, f"is {show(value)}, need a list of at least one message")
     messages = []
     for index, message in enumerate(value):
         where = f"{name}[{index}]"
         if not isinstance(message, Mapping):
-            raise _FieldError(where, f"is {_show(message)}, need an object with role and content")
+            raise _FieldError(where, f"is {show(message)}, need an object with role and content")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise _FieldError(f"{where}.role", f"is {_show(role)}, need one of {', '.join(ROLES)}")
+            raise _FieldError(f"{where}.role", f"is {show(role)}, need one of {', '.join(ROLES)}")
         extra = _extra(message, role, where)
         if content is None and "tool_calls" in extra:
             content = ""
         if not isinstance(content, str):
-            raise _FieldError(f"{where}.content", f"is {_show(content)}, need a string")
+            raise _FieldError(f"{where}.content", f"is {show(content)}, need a string")
         if not is_text(content):
             raise _FieldError(f"{where}.content", NOT_TEXT)
         if not content.strip() and role != "tool" and "tool_calls" not in extra:
@@ -328,13 +309,13 @@ def _extra(message: Mapping[str, Any], role: str, where: str) -> dict[str, Any]:
         if role != "assistant":
             raise _FieldError(f"{where}.tool_calls", f"belong to an assistant turn, not to {role!r}")
         if not isinstance(calls, list):
-            raise _FieldError(f"{where}.tool_calls", f"is {_show(calls)}, need a list")
+            raise _FieldError(f"{where}.tool_calls", f"is {show(calls)}, need a list")
         extra["tool_calls"] = [_tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
     for name in ("tool_call_id", "name"):
         value = message.get(name)
         if role == "tool" and value:
             if not isinstance(value, str) or not is_text(value):
-                raise _FieldError(f"{where}.{name}", f"is {_show(value)}, need a string")
+                raise _FieldError(f"{where}.{name}", f"is {show(value)}, need a string")
             extra[name] = value
     return extra
 
@@ -344,7 +325,7 @@ def _tool_call(call: object, where: str) -> dict[str, Any]:
     which is how tables hold objects of different keys."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise _FieldError(where, f"is {_show(call)}, need a function with a name and arguments")
+        raise _FieldError(where, f"is {show(call)}, need a function with a name and arguments")
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         try:
@@ -352,7 +333,7 @@ def _tool_call(call: object, where: str) -> dict[str, Any]:
         except ValueError as error:
             raise _FieldError(f"{where}.function.arguments", f"not JSON: {error}") from None
     if not isinstance(arguments, Mapping):
-        raise _FieldError(f"{where}.function.arguments", f"is {_show(arguments)}, need an object")
+        raise _FieldError(f"{where}.function.arguments", f"is {show(arguments)}, need an object")
     try:
         json_text(arguments)
     except ValueError as error:
@@ -373,173 +354,12 @@ def _tools(row: Mapping[str, Any]) -> Tools:
     if not value:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise _FieldError("tools", f"is {_show(value)}, need a list of objects")
+        raise _FieldError("tools", f"is {show(value)}, need a list of objects")
     try:
         json_text(value)
     except ValueError as error:
         raise _FieldError("tools", str(error)) from None
     return tuple(value)
-
-
-def iterate_rows(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any] | RecordError]]:
-    """(file, line, row) of every row; a row that is no JSON object comes as the RecordError that says so.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        RecordError: from here on the file cannot be read (cut off, damaged).
-        ValueError: an unknown file type, or a data set that cannot be loaded.
-    """
-    local = Path(path)
-    if local.is_dir():
-        yield from _directory_rows(local)
-    elif local.is_file():
-        yield from _file_rows(local)
-    elif is_hub_id(str(path)):
-        yield from _hub_rows(str(path))
-    else:
-        raise FileNotFoundError(f"{path}: no such file or directory")
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name that is nothing local is a Hugging Face id, `owner/name` or `owner/name:split`.
-
-    A file suffix, or a folder of the owner's name here, makes it a local path that was mistyped.
-    """
-    if not HUB_ID.fullmatch(name):
-        return False
-    repository = Path(name.partition(":")[0])
-    return not _FILE_SUFFIX.fullmatch(repository.suffix) and not repository.parent.exists()
-
-
-def _directory_rows(directory: Path) -> Iterator[tuple[str, int, dict[str, Any] | RecordError]]:
-    if (directory / "state.json").is_file() and (directory / "dataset_info.json").is_file():
-        for line, row in enumerate(_import_datasets(str(directory)).load_from_disk(str(directory)), 1):
-            yield str(directory), line, dict(row)
-        return
-    files = sorted(p for p in directory.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
-    if not files:
-        raise FileNotFoundError(f"{directory}: holds no .jsonl, .jsonl.gz or .parquet file")
-    for file in files:
-        yield from _file_rows(file)
-
-
-def _file_rows(file: Path) -> Iterator[tuple[str, int, dict[str, Any] | RecordError]]:
-    name = str(file)
-    if name.endswith((".jsonl", ".jsonl.gz")):
-        yield from _json_rows(file)
-    elif name.endswith(".parquet"):
-        yield from _parquet_rows(file)
-    else:
-        raise ValueError(f"{file}: unknown file type, need .jsonl, .jsonl.gz or .parquet")
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, int, dict[str, Any] | RecordError]]:
-    name, line = str(file), 0
-    with gzip.open(file, "rb") if name.endswith(".gz") else file.open("rb") as stream:
-        while True:
-            line += 1
-            try:
-                text = stream.readline()
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise RecordError(f"cannot be read from here on: {error}", file=name, line=line) from None
-            if not text:
-                return
-            if text.strip():
-                yield name, line, _json_row(text, name, line)
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, int, dict[str, Any] | RecordError]]:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    name, line = str(file), 0
-    try:
-        for batch in parquet.ParquetFile(file).iter_batches():
-            for index in range(batch.num_rows):
-                line += 1
-                try:
-                    row = {key: column[index].as_py() for key, column in zip(batch.schema.names, batch.columns)}
-                except ValueError as error:  # text that is not UTF-8, a time that Python has no date for
-                    yield name, line, RecordError(f"cannot be read: {error}", file=name, line=line)
-                else:
-                    yield name, line, row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise RecordError(f"cannot be read from here on: {_one_line(error)}", file=name, line=line + 1) from None
-
-
-def _json_row(text: bytes, file: str, line: int) -> dict[str, Any] | RecordError:
-    try:
-        row = json.loads(text)
-    except ValueError as error:  # a syntax error, or bytes that are not UTF-8
-        return RecordError(f"not JSON: {error}", file=file, line=line)
-    except RecursionError:
-        return RecordError("nested too deeply", file=file, line=line)
-    if not isinstance(row, dict):
-        return RecordError(f"is {_show(row)}, need an object", file=file, line=line)
-    return row
-
-
-def _hub_rows(name: str) -> Iterator[tuple[str, int, dict[str, Any] | RecordError]]:
-    repository, _, split = name.partition(":")
-    datasets = _import_datasets(name)
-    try:
-        data = datasets.load_dataset(repository, split=split or "train")
-    except (OSError, ValueError) as error:  # no network and not cached, no such data set or split, no permission
-        raise ValueError(
-            f"{name}: no such file here, and as a Hugging Face data set it cannot be loaded: {error}"
-        ) from error
-    for line, row in enumerate(data, 1):
-        yield name, line, dict(row)
-
-
-def _import_datasets(name: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(f"{name}: reading it needs `pip install tulu_hpc[datasets]`") from None
-    return datasets
-
-
-def is_text(text: str) -> bool:
-    """Whether every character can be written as UTF-8; JSON can spell halves of surrogate pairs, which cannot."""
-    return text.isascii() or _SURROGATE.search(text) is None
-
-
-def json_text(value: Any) -> str:
-    """A value as JSON on one line.
-
-    Raises:
-        ValueError: it holds something that JSON or UTF-8 has no form for: a date, bytes, half of a surrogate pair.
-    """
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except TypeError as error:
-        raise ValueError(f"cannot be written as JSON: {error}") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not is_text(text):
-        raise ValueError(NOT_TEXT)
-    return text
-
-
-def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write rows as JSON lines; the file appears whole or not at all. Returns the number of rows."""
-    return write_lines(path, map(json_text, rows))
-
-
-def write_lines(path: str | Path, lines: Iterable[str]) -> int:
-    """As `write_jsonl`, of rows that are JSON text already."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    count = 0
-    open_text = gzip.open if target.suffix == ".gz" else open
-    with open_text(partial, "wt", encoding="utf-8") as stream:
-        for line in lines:
-            stream.write(line + "\n")
-            count += 1
-    partial.replace(target)
-    return count
 
 
 def message_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -549,12 +369,3 @@ def message_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 def _stem(file: str) -> str:
     return re.sub(r"\.(jsonl|jsonl\.gz|parquet)$", "", file.rstrip("/").rsplit("/", 1)[-1])
-
-
-def _show(value: object) -> str:
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

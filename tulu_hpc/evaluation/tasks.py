@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tulu_hpc.data.records import NOT_TEXT, Message, RecordError, content_id, is_text, iterate_rows, json_text
+from tulu_hpc.data.records import Message, content_id
+from tulu_hpc.data.rows import NOT_TEXT, RecordError, is_text, iterate_rows, json_text
 from tulu_hpc.verifiers import check_record
 from tulu_hpc.verifiers.gsm8k import reference_answer
 from tulu_hpc.verifiers.ifeval import parse_instructions

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from tulu_hpc.kernels.preference_loss import reference
 from tulu_hpc.parallel.collectives import sum_over
 from tulu_hpc.parallel.context import RankBatch
 
@@ -41,8 +42,7 @@ def sequence_sums(
     The all-reduce has the identity as its backward: every context-parallel rank computes the same loss from the same
     sums, and the gradient sum over those ranks then adds each rank's own tokens exactly once.
     """
-    # fp64: an fp32 running sum over a few hundred tokens is off by more than a DPO margin may be.
-    sums_Q = logprobs_K.new_zeros(num_sequences, dtype=torch.float64).index_add(0, sequence_id_K, logprobs_K.double())
+    sums_Q = reference.sequence_sums(logprobs_K, sequence_id_K, num_sequences)
     if cp_group is not None and cp_group.size() > 1:
         sums_Q = sum_over(sums_Q, cp_group)
     return sums_Q.to(logprobs_K.dtype)

@@ -22,11 +22,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tulu_hpc.config.architecture import Architecture
+from tulu_hpc.kernels.linear_logprob.buffers import extra_bytes
 from tulu_hpc.models.build import Recompute, check_layout, layers_per_chunk, padded_vocab
 from tulu_hpc.parallel.layout import Layout
-
-# Columns of the scratch block beside kept logits; see kernels/linear_logprob.
-SCRATCH_COLUMNS = 4096
 
 
 @dataclass(frozen=True)
@@ -214,15 +212,18 @@ def _activations(work: Workload, stage: int, layers: list[int], in_flight: float
     scored = int(rows * work.scored)
     vocab = padded_vocab(architecture.vocab_size, tensor, work.vocab_multiple) // tensor
     norm = (2 if work.fused_norm else 3) * rows * hidden / residual * size
-    head = norm + scored * hidden * (4 + (size if layout.sequence_parallel else 0)) + vocab * hidden * size
-    logits = logits_bytes(work, scored, vocab)
+    # Sequence parallelism gathers the scored rows, and scatters their gradient.
+    gathered = 2 * scored * hidden * size if layout.sequence_parallel else 0
+    head = norm + rows * hidden / residual * size + gathered + vocab * hidden * size
+    logits = extra_bytes(
+        scored,
+        hidden,
+        vocab,
+        size,
+        work.logprob_buffer_bytes,
+        cuda=work.fused_norm,
+        total_rows=None if layout.sequence_parallel else rows,
+    )
     if head + logits >= layer_peak:
         return int(saved + head), logits
     return int(saved + layer_peak), 0
-
-
-def logits_bytes(work: Workload, scored: int, vocab: int) -> int:
-    """Logits buffer of `linear_logprob`: kept logits and a scratch block where the budget allows, else one block."""
-    wanted = scored * (vocab + min(vocab, SCRATCH_COLUMNS)) * 4
-    block = scored * vocab * (4 if work.dtype_bytes == 4 else 6)
-    return min(wanted, block if wanted > work.logprob_buffer_bytes else wanted, work.logprob_buffer_bytes)

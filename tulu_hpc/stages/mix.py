@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tulu_hpc.config.schema import MixConfig
 from tulu_hpc.data.mixing import Source, mix
-from tulu_hpc.data.records import write_jsonl
+from tulu_hpc.data.rows import write_jsonl
 from tulu_hpc.stages.step_files import check_files, outputs_of
 from tulu_hpc.stages.tables import print_table
 

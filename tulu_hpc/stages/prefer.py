@@ -20,7 +20,8 @@ from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.schema import PreferConfig
 from tulu_hpc.curation.preference import PreferenceStatistics, ScoredSample, binarise
 from tulu_hpc.data.datasets import Prompt
-from tulu_hpc.data.records import content_id, message_dicts, write_jsonl
+from tulu_hpc.data.records import content_id, message_dicts
+from tulu_hpc.data.rows import write_jsonl
 from tulu_hpc.rollout.embedded import EmbeddedEngine
 from tulu_hpc.rollout.engine import Request, Sampling
 from tulu_hpc.rollout.sampling import derive_seed
