@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,16 @@ MIB = 2**20
 FULL, QUICK, REHEARSAL = "full", "quick", "rehearsal"
 _TURNS = {FULL: 5, QUICK: 3, REHEARSAL: 1}
 
-Shape = TypeVar("Shape")
+
+
+class Labelled(Protocol):
+    """A shape of a benchmark's table."""
+
+    @property
+    def label(self) -> str: ...
+
+
+Shape = TypeVar("Shape", bound=Labelled)
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class Run:
 
     device: "cpu" or "cuda". dtype: of activations and weights. mode: FULL, QUICK or REHEARSAL, which walks the GPU's
     table on the CPU at small shapes: its figures mean nothing. skip: contestants whose name contains one of these are
-    not measured. gemm: TFLOP/s of the fastest square product; copy: GB/s, read and written, of a copy larger than the
+    not measured; only: so are shapes without it in their label. gemm: TFLOP/s of the fastest square product; copy: GB/s, read and written, of a copy larger than the
     caches.
     """
 
@@ -38,6 +47,7 @@ class Run:
     dtype: torch.dtype
     mode: str
     skip: tuple[str, ...] = ()
+    only: str = ""
     json: Path | None = None
     markdown: Path | None = None
     gemm: float = 0.0
@@ -60,12 +70,21 @@ class Run:
         cuda_quick: Sequence[Shape],
         shrink: Callable[[Shape], Shape],
     ) -> list[Shape]:
-        """The shapes to measure; the rehearsal's are those of the GPU, shrunk."""
+        """The shapes to measure; the rehearsal's are those of the GPU, shrunk.
+
+        Raises:
+            SystemExit: none has `only` in its label.
+        """
         if self.rehearsal:
-            return [shrink(shape) for shape in cuda]
-        if self.device == "cuda":
-            return list(cuda_quick if self.mode == QUICK else cuda)
-        return list(cpu_quick if self.mode == QUICK else cpu)
+            shapes = [shrink(shape) for shape in cuda]
+        elif self.device == "cuda":
+            shapes = list(cuda_quick if self.mode == QUICK else cuda)
+        else:
+            shapes = list(cpu_quick if self.mode == QUICK else cpu)
+        found = [shape for shape in shapes if self.only in shape.label]
+        if not found:
+            raise SystemExit(f"no shape has {self.only!r} in its label: {', '.join({s.label: 0 for s in shapes})}")
+        return found
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -80,6 +99,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     found.add_argument(
         "--skip", action="append", default=[], metavar="WORD", help="leave out contestants with WORD in their name"
     )
+    found.add_argument("--only", default="", metavar="WORD", help="only the shapes with WORD in their label")
     found.add_argument("--json", type=Path, metavar="PATH", help="write the JSON object here as well")
     found.add_argument("--markdown", type=Path, metavar="PATH", help="write the tables as Markdown here")
     return found
@@ -99,7 +119,7 @@ def start(options: argparse.Namespace) -> Run:
     mode = REHEARSAL if options.rehearse else QUICK if options.quick else FULL
     # The rehearsal walks what the GPU runs, so in the GPU's dtype.
     dtype = torch.float32 if device == "cpu" and mode != REHEARSAL else torch.bfloat16
-    run = Run(device, dtype, mode, tuple(options.skip), options.json, options.markdown)
+    run = Run(device, dtype, mode, tuple(options.skip), options.only, options.json, options.markdown)
     return replace(run, gemm=gemm_tflops(run), copy=copy_gigabytes(run))
 
 
