@@ -82,7 +82,8 @@ def report(name: str, run: Run, table: Sequence[Line], goals: Sequence[Goal]) ->
     if run.mode == REHEARSAL:
         print("A rehearsal: every script and contestant is tried at small shapes; the times mean nothing.")
     print(f"ceilings: GEMM {run.gemm:.3g} TFLOP/s, copy {run.copy:.3g} GB/s")
-    _print(table)
+    _print([line for line in table if line["ms"] is not None])
+    print("\n".join(["", *_missing(table)]))
     if result["goals"]:
         print()
         _print(result["goals"])
@@ -109,13 +110,24 @@ def markdown(result: Mapping[str, Any]) -> str:
     parts = [f"## {result['benchmark']}", "", ", ".join(f"{key} {_cell(value)}" for key, value in setting.items()), ""]
     if result["mode"] == REHEARSAL:
         parts += ["**A rehearsal on a CPU at small shapes: the times mean nothing.**", ""]
-    for table in (result["goals"], result["lines"]):
+    for table in (result["goals"], [line for line in result["lines"] if line["ms"] is not None]):
         if table:
             columns = _columns(table)
             parts += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
             parts += [f"| {' | '.join(_cell(line.get(key)) for key in columns)} |" for line in table]
             parts.append("")
-    return "\n".join(parts)
+    missing = _missing(result["lines"])
+    return "\n".join(parts + [f"* {text}" for text in missing] + ([""] if missing else []))
+
+
+def _missing(table: Sequence[Line]) -> list[str]:
+    """What has no figures and why, each reason once."""
+    counts: dict[str, int] = {}
+    for line in table:
+        if line["ms"] is None:
+            text = f"{line['kernel']}, {line['pass']}: {line['note']}"
+            counts[text] = counts.get(text, 0) + 1
+    return [f"{text} ({count} lines)" for text, count in counts.items()]
 
 
 def _columns(table: Sequence[Line]) -> list[str]:
@@ -125,6 +137,8 @@ def _columns(table: Sequence[Line]) -> list[str]:
 
 
 def _print(table: Sequence[Line]) -> None:
+    if not table:
+        return
     columns = _columns(table)
     cells = [columns, *([_cell(line.get(key)) for key in columns] for line in table)]
     widths = [max(map(len, column)) for column in zip(*cells)]

@@ -22,7 +22,6 @@ FULL, QUICK, REHEARSAL = "full", "quick", "rehearsal"
 _TURNS = {FULL: 5, QUICK: 3, REHEARSAL: 1}
 
 
-
 class Labelled(Protocol):
     """A shape of a benchmark's table."""
 
@@ -39,8 +38,8 @@ class Run:
 
     device: "cpu" or "cuda". dtype: of activations and weights. mode: FULL, QUICK or REHEARSAL, which walks the GPU's
     table on the CPU at small shapes: its figures mean nothing. skip: contestants whose name contains one of these are
-    not measured; only: so are shapes without it in their label. gemm: TFLOP/s of the fastest square product; copy: GB/s, read and written, of a copy larger than the
-    caches.
+    not measured; only: nor are shapes without it in their label. gemm: TFLOP/s of the fastest square product; copy:
+    GB/s, read and written, of a copy larger than the caches.
     """
 
     device: str
@@ -93,7 +92,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     mode = found.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="few or small shapes, few repetitions")
     mode.add_argument(
-        "--rehearse", action="store_true", help="the GPU's table on the CPU at small shapes: tries the script, not speed"
+        "--rehearse",
+        action="store_true",
+        help="the GPU's table on the CPU at small shapes: tries the script, not speed",
     )
     found.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a device")
     found.add_argument(

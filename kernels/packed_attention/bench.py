@@ -107,8 +107,8 @@ def goals(table: list[dict[str, Any]]) -> list[Goal]:
     for label in dict.fromkeys(line["shape"] for line in select(table, part="attention", layout="shared")):
         routes = select(table, part="attention", shape=label, layout="shared", **{"pass": "both"})
         of_possible.append(max((x["of_possible"] for x in routes if x.get("of_possible") is not None), default=None))
-    found.append(Goal("H200", "shared prefixes, best route, gain over the ratio of pairs", "≥", 0.9, worst(of_possible)))
-    return found
+    what = "shared prefixes, best route, gain over the ratio of pairs"
+    return [*found, Goal("H200", what, "≥", 0.9, worst(of_possible))]
 
 
 def _milliseconds(table: list[dict[str, Any]], step: str, **columns: Any) -> float | None:
