@@ -15,14 +15,14 @@ Columns:
     kernel_us, launches   CUDA: time inside kernels and their number, by the profiler
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tulu_hpc.kernels import timing
-from tulu_hpc.kernels.bench_losses import loss_goals, loss_lines
+from tulu_hpc.kernels.bench_losses import EAGER, Loss, loss_goals, loss_lines
 from tulu_hpc.kernels.bench_report import Goal, report
 from tulu_hpc.kernels.contest import OURS, backends
 from tulu_hpc.kernels.policy_loss.ops import OP, policy_loss
@@ -160,12 +160,12 @@ def measure(shape: Shape, run: Run) -> list[dict[str, Any]]:
 
     (exact,) = torch.autograd.grad(theirs(doubled)[0], doubled["logprobs"])
     compiled = torch.compile(theirs, dynamic=False)
-    losses: dict[str, Callable[[], tuple[Tensor, Any]] | str] = {
-        "eager": lambda: theirs(c),
+    losses: dict[str, Loss | str] = {
+        EAGER: lambda: theirs(c),
         "torch compiled": lambda: compiled(c),
     }
     for backend, status in backends(VALUE if value else OP, run).items():
-        losses[f"{OURS} {backend}"] = (lambda name=backend: ours(name)) if status == USABLE else status
+        losses[f"{OURS} {backend}"] = partial(ours, backend) if status == USABLE else status
     # Read: logprobs, old, behaviour, reference, advantages, for gspo twice and the ids. Written: gradient and mask.
     moved = shape.tokens * (4 * 4 if value else 5 * 4 + 5)
     if shape.kind == "gspo":
