@@ -81,7 +81,7 @@ def contest(
     for name, contestant in contestants.items():
         if isinstance(contestant, str):
             found[name] = Figures(note=contestant)
-        elif any(word in name for word in run.skip):
+        elif run.skips(name):
             found[name] = Figures(note="left out by --skip")
         else:
             found[name] = _first_calls(run, op, name, contestant, error)

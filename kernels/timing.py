@@ -60,6 +60,10 @@ class Run:
     def turns(self) -> int:
         return _TURNS[self.mode]
 
+    def skips(self, name: str) -> bool:
+        """Whether a contestant is left out."""
+        return any(word in name for word in self.skip)
+
     def table(
         self,
         *,
