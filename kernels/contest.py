@@ -27,7 +27,7 @@ class Figures(NamedTuple):
 
     ms: the best turn. ratio: median over the turns of the baseline's time over this one's. extra_MiB: peak memory
     beyond inputs and results. error: as the caller defines it, against float64. kernel_us, launches: time inside
-    kernels and their number in one call (CUDA). backend: which of ours ran.
+    kernels and their number in one call (CUDA, of calls shorter than 5 ms). backend: which of ours ran.
     """
 
     backend: str | None = None
@@ -93,7 +93,7 @@ def contest(
         if name not in floors and baseline in times:
             ratio = statistics.median(theirs / one for theirs, one in zip(times[baseline], mine))
         found[name] = found[name]._replace(ms=min(mine), ratio=ratio)
-        if run.device == "cuda":
+        if run.device == "cuda" and min(mine) < _SHORT:
             kernel_us, launches = kernel_microseconds(ready[name])
             found[name] = found[name]._replace(kernel_us=kernel_us, launches=launches)
     return found

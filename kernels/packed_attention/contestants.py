@@ -65,10 +65,10 @@ class Pack:
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v and an upstream gradient."""
-        generator = torch.Generator().manual_seed(0)
-        new = lambda n: torch.randn(self.rows, n, self.head_dim, generator=generator)  # noqa: E731
+        generator = torch.Generator(self.device).manual_seed(0)
+        new = partial(torch.randn, generator=generator, device=self.device, dtype=self.dtype)
         q, k, v, grad = (
-            new(n).to(self.device, self.dtype) for n in (self.heads, self.kv_heads, self.kv_heads, self.heads)
+            new(self.rows, n, self.head_dim) for n in (self.heads, self.kv_heads, self.kv_heads, self.heads)
         )
         return q, k, v, grad
 

@@ -89,9 +89,11 @@ def _liger(cos: Tensor, sin: Tensor, run: Run) -> Turn | str:
 
 def measure(shape: Shape, run: Run) -> list[dict[str, Any]]:
     """Lines of both passes."""
-    generator = torch.Generator().manual_seed(0)
-    new = lambda n: torch.randn(shape.rows, n, shape.head_dim, generator=generator).to(run.device, run.dtype)  # noqa: E731
-    q, k, grad_q, grad_k = (new(n) for n in (shape.heads, shape.kv_heads, shape.heads, shape.kv_heads))
+    generator = torch.Generator(run.device).manual_seed(0)
+    new = partial(torch.randn, generator=generator, device=run.device, dtype=run.dtype)
+    q, k, grad_q, grad_k = (
+        new(shape.rows, n, shape.head_dim) for n in (shape.heads, shape.kv_heads, shape.heads, shape.kv_heads)
+    )
     ids = torch.arange(shape.rows, device=run.device) % 4096
     exponents = torch.arange(0, shape.head_dim, 2, device=run.device) / shape.head_dim
     tables = rope_tables(ids, 500000.0**-exponents)
