@@ -8,7 +8,7 @@ Columns:
     pass       forward; both: with the gradients of hidden and weight
     ms         best turn: CPU seconds of the process per thread on CPU, else device time
     TFLOP/s    products that the valid rows need: one forward, 3 with the backward pass while logits are kept (6NHV), 4
-               beyond (8NHV), 5 in Triton (10NHV). Dense multiplies all rows: it does not know them before it is too late
+               beyond (8NHV), 5 in Triton (10NHV). Dense multiplies all rows: it knows them too late
     roofline   TFLOP/s over those of the fastest GEMM measured in the same run: torch.mm (on CPU also oneDNN) at the
                shape, or a square one
     ratio      median over the turns of the baseline's time, on all rows, over this one's

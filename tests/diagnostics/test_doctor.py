@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tulu_hpc.diagnostics import benchmarks, doctor
+from tulu_hpc.diagnostics import benchmark_plots, benchmarks, doctor
 
 
 def test_report_has_every_part() -> None:
@@ -75,3 +76,18 @@ def test_a_failing_benchmark_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
     (result,) = json.loads((tmp_path / "kernels.json").read_text()).values()
     notes = {line["kernel"]: line["note"] for line in result["lines"]}
     assert notes["eager"] == "not measured: left out by --skip" and not notes["ours cpu"]
+
+
+def test_plots_of_the_benchmarks() -> None:
+    """A plot has what was measured, in the last pass of a shape; long names share no plot."""
+
+    def line(shape: str, step: str, kernel: str, roofline: float | None, extra: float | None = 0.0) -> dict[str, Any]:
+        return {"shape": shape, "pass": step, "kernel": kernel, "roofline": roofline, "extra_MiB": extra}
+
+    lines = [line("small", "forward", "flex", 0.5), line("small", "both", "ours cpu", 0.7)]
+    lines += [line("small", "both", "copy", 1.0, None), line("small", "both", "cudnn", None)]
+    lines += [line("long " * 8 + str(number), "both", "ours cpu", 0.3) for number in range(2)]
+    found = benchmark_plots.plots("rope", lines)
+    assert list(found) == ["rope_1.svg", "rope_2.svg"]
+    text = found["rope_1.svg"]
+    assert "ours cpu" in text and "small" in text and not any(name in text for name in ("flex", "copy", "cudnn"))
