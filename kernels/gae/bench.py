@@ -1,25 +1,46 @@
 """Benchmark of gae against the loops that trainers have, and its memory floor.
 
-    python -m tulu_hpc.kernels.gae.bench [--quick] [--json PATH]
+    python -m tulu_hpc.kernels.gae.bench [--quick | --rehearse] [--json PATH] [--markdown PATH]
 
 Eager: a padded [segments, longest] batch and one step of tensor operations per position (as in TRL's PPO), padding
-included. The floor copies as many bytes as a pass must read and write, in the same run.
+included. The line `copy` moves as many bytes as a pass must read and write, in the same run; roofline: share of its
+GB/s. ms, ratio (eager over this one), extra_MiB, kernel_us and launches as in the benchmark of policy_loss; error:
+largest of the advantages against the loop in float64.
 """
 
-import argparse
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tulu_hpc.kernels.gae.ops import gae
-from tulu_hpc.kernels.registry import last_backend
-from tulu_hpc.kernels.timing import best_milliseconds, report
+from tulu_hpc.kernels import timing
+from tulu_hpc.kernels.bench_losses import COPY, EAGER
+from tulu_hpc.kernels.bench_report import report
+from tulu_hpc.kernels.contest import OURS, Contestant, backends, contest, lines
+from tulu_hpc.kernels.gae.ops import OP, gae
+from tulu_hpc.kernels.registry import USABLE
+from tulu_hpc.kernels.timing import Run, copying
 
-# tokens, segments
-QUICK = [(4096, 16)]
-FULL = [(65536, 64), (65536, 8), (65536, 1024)]
 GAMMA, LAM = 1.0, 0.95
+
+
+class Shape(NamedTuple):
+    """Tokens in segments of varied lengths."""
+
+    label: str
+    tokens: int
+    segments: int
+
+
+QUICK = [Shape("4k, S 16", 4096, 16)]
+FULL = [Shape(f"64k, S {segments}", 65536, segments) for segments in (64, 8, 1024)]
+CUDA = [*FULL, Shape("1M, S 1024", 2**20, 1024)]
+CUDA_QUICK = FULL[:1]
+
+
+def shrink(shape: Shape) -> Shape:
+    """256 tokens in a quarter of the segments, 8 at most."""
+    return shape._replace(tokens=256, segments=min(8, shape.segments // 4))
 
 
 def make(tokens: int, segments: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,39 +70,34 @@ def eager(rewards: Tensor, values: Tensor, table: Tensor) -> Tensor:
     return torch.stack(steps[::-1], 1)[mask]
 
 
-def measure(tokens: int, segments: int, device: str, backends: list[str]) -> list[dict[str, Any]]:
-    """Lines of the table: one for each backend."""
-    rewards, values, table = make(tokens, segments, device)
+def measure(shape: Shape, run: Run) -> list[dict[str, Any]]:
+    """Lines for the loop and each backend."""
+    rewards, values, table = make(shape.tokens, shape.segments, run.device)
     exact = eager(rewards.double(), values.double(), table)
-    moved = tokens * 4 * 4
-    source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    eager_ms = best_milliseconds(lambda: eager(rewards, values, table), device, repeats=3)
-    lines = []
-    for backend in backends:
+    contestants: dict[str, Contestant] = {EAGER: lambda: eager(rewards, values, table)}
+    for backend, status in backends(OP, run).items():
 
-        def ours(backend: str = backend) -> Tensor:
-            return gae(rewards, values, table, gamma=GAMMA, lam=LAM, backend=backend)[0]
+        def ours(backend: str = backend) -> tuple[Tensor, Tensor]:
+            return gae(rewards, values, table, gamma=GAMMA, lam=LAM, backend=backend)
 
-        error = float((ours().double() - exact).abs().max())
-        line: dict[str, Any] = {"K": tokens, "S": segments, "backend": last_backend("gae")}
-        line |= {"floor_ms": best_milliseconds(lambda: target.copy_(source), device), "eager_ms": eager_ms}
-        line["ours_ms"] = best_milliseconds(ours, device, repeats=3)
-        line |= {"ratio": line["eager_ms"] / line["ours_ms"], "MB": moved / 1e6, "error": error}
-        lines.append(line)
-    return lines
+        contestants[f"{OURS} {backend}"] = ours if status == USABLE else status
+
+    def error(result: Tensor | tuple[Tensor, ...]) -> float:
+        advantages = result[0] if isinstance(result, tuple) else result
+        return float((advantages.double() - exact).abs().max())
+
+    moved = shape.tokens * 4 * 4  # rewards, values; advantages, returns
+    floors = {COPY: copying(moved, run.device)}
+    figures = contest(run, OP, contestants, floors=floors, baseline=EAGER, error=error)
+    columns = {"shape": shape.label, "K": shape.tokens, "S": shape.segments, "pass": "forward"}
+    return lines(figures, shape=columns, unit="GB/s", work=1e-9 * moved, floors=floors)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints a table and, as the last line, one JSON object; --json writes it too."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shapes, seconds")
-    parser.add_argument("--json", metavar="PATH", help="write the JSON object here as well")
-    options = parser.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    backends = ["reference", "triton" if device == "cuda" else "cpu"]
-    lines = [line for shape in (QUICK if options.quick else FULL) for line in measure(*shape, device, backends)]
-    report("gae", lines, options.json)
+    """Prints tables and, as the last line, one JSON object."""
+    run = timing.start(timing.parser(__doc__).parse_args(arguments))
+    shapes = run.table(cpu=FULL, cpu_quick=QUICK, cuda=CUDA, cuda_quick=CUDA_QUICK, shrink=shrink)
+    report(OP, run, [line for shape in shapes for line in measure(shape, run)], [])
 
 
 if __name__ == "__main__":

@@ -45,13 +45,26 @@ def cut_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor) ->
     return -nll
 
 
-def available() -> dict[str, Peer]:
-    """The peers that are installed here."""
-    found: dict[str, Peer] = {}
-    if hasattr(F, "linear_cross_entropy"):
-        found["torch chunked"] = torch_chunked
-    if importlib.util.find_spec("liger_kernel"):
-        found["liger"] = liger
-    if importlib.util.find_spec("cut_cross_entropy"):
-        found["cut-cross-entropy"] = cut_cross_entropy
+COMPILED = "torch compiled"
+
+
+def table() -> dict[str, Peer | str]:
+    """Every peer, or the reason why it cannot be called here."""
+    found: dict[str, Peer | str] = {
+        # Each shape on its own: sizes as variables would be slower, and there are few of them.
+        COMPILED: torch.compile(dense, dynamic=False),
+        "torch chunked": torch_chunked,
+        "liger": liger,
+        "cut-cross-entropy": cut_cross_entropy,
+    }
+    if not hasattr(F, "linear_cross_entropy"):
+        found["torch chunked"] = f"torch {torch.__version__} has no linear_cross_entropy"
+    for name, module in (("liger", "liger_kernel"), ("cut-cross-entropy", "cut_cross_entropy")):
+        if not importlib.util.find_spec(module):
+            found[name] = f"{module} is not installed (extra `peers`)"
     return found
+
+
+def available() -> dict[str, Peer]:
+    """The peers that can be called here."""
+    return {name: peer for name, peer in table().items() if not isinstance(peer, str)}

@@ -5,23 +5,24 @@ Shapes: T rows, S segments, N query heads, Nk key/value heads, D head dim.
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tulu_hpc.kernels.contest import OURS, backends
 from tulu_hpc.kernels.packed_attention import flash
 from tulu_hpc.kernels.packed_attention.ops import packed_attention
-from tulu_hpc.kernels.packed_attention.plan import STRATEGIES, AttentionPlan, plan_attention
-from tulu_hpc.kernels.packed_attention.reference import attention_dense
-from tulu_hpc.kernels.packed_attention.select import BACKENDS, refusal
-from tulu_hpc.kernels.registry import USABLE, available_backends
+from tulu_hpc.kernels.packed_attention.plan import AttentionPlan, plan_attention
+from tulu_hpc.kernels.packed_attention.select import refusal
+from tulu_hpc.kernels.registry import USABLE
+from tulu_hpc.kernels.timing import Run
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-_LIBRARIES = [name for name in flash.NAMED if name != "flash:aten"]
 
 
 class Unavailable(Exception):
@@ -65,10 +66,10 @@ class Pack:
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v and an upstream gradient."""
-        generator = torch.Generator().manual_seed(0)
-        new = lambda n: torch.randn(self.rows, n, self.head_dim, generator=generator)  # noqa: E731
+        generator = torch.Generator(self.device).manual_seed(0)
+        new = partial(torch.randn, generator=generator, device=self.device, dtype=self.dtype)
         q, k, v, grad = (
-            new(n).to(self.device, self.dtype) for n in (self.heads, self.kv_heads, self.kv_heads, self.heads)
+            new(self.rows, n, self.head_dim) for n in (self.heads, self.kv_heads, self.kv_heads, self.heads)
         )
         return q, k, v, grad
 
@@ -80,63 +81,57 @@ class Pack:
     def cumulative(self) -> Tensor:
         return torch.tensor(self.cu_seqlens, dtype=torch.int32, device=self.device)
 
+    def table(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For each row its segment, and the first and last + 1 row of its prefix."""
+        lengths = torch.tensor(self.lengths)
+        columns = (torch.arange(len(lengths)), *(torch.tensor(column) for column in zip(*self.prefix)))
+        segment, low, high = (column.repeat_interleave(lengths).to(self.device) for column in columns)
+        return segment, low, high
+
 
 Maker = Callable[[Pack], Attention]
 
 
-def error(make: Maker, pack: Pack) -> float:
-    """Largest absolute difference of the output from the definition in float64."""
-    q, k, v, _ = pack.tensors()
-    function = make(pack)
-    with torch.no_grad():
-        want = attention_dense(q.double(), k.double(), v.double(), pack.plan(), pack.head_dim**-0.5)
-        return float((function(q, k, v).double() - want).abs().max())
+def exact(pack: Pack, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, rows_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and gradients of q [S, N, D] in float64 of some rows of a pack; a row needs no other row's result."""
+    segment, low, high = pack.table()
+    key, row = torch.arange(pack.rows, device=pack.device)[None], rows_S[:, None]
+    own = (segment[rows_S][:, None] == segment[None]) & (row >= key)
+    seen_ST = own | ((key >= low[rows_S][:, None]) & (key < high[rows_S][:, None]))
+    with torch.enable_grad():
+        chosen = q.detach()[rows_S].double().requires_grad_()
+        grouped = chosen.unflatten(1, (pack.kv_heads, -1))
+        scores = torch.einsum("skgd,tkd->kgst", grouped, k.detach().double()) * pack.head_dim**-0.5
+        weights = scores.masked_fill(~seen_ST, -torch.inf).softmax(-1)
+        out = torch.einsum("kgst,tkd->skgd", weights, v.detach().double()).flatten(1, 2)
+        (gradient,) = torch.autograd.grad(out, chosen, grad[rows_S].double())
+    return out.detach(), gradient
 
 
-def of(layout: str, device: str) -> dict[str, Maker]:
+def of(layout: str, run: Run) -> dict[str, Maker]:
     """Contestants by name; each makes its function for a pack, or raises Unavailable."""
-    libraries = list(flash.NAMED) if device == "cuda" else ["cpu"]
+    found: dict[str, Maker] = {}
+    for backend, status in backends("packed_attention", run).items():
+        # A dense mask of all rows; the choice among the flash libraries, each of which has its own line.
+        if backend in ("reference", flash.NAME):
+            continue
+        # Without a prefix the strategies are one.
+        strategies = (None,) if layout == "expanded" or backend == "triton" else ("repeat", "merge")
+        for strategy in strategies:
+            name = " ".join(filter(None, (OURS, backend, strategy)))
+            found[name] = partial(_ours, backend, status, strategy)
     if layout == "shared":
-        return {
-            **{f"{name} {how}": _ours(name, how) for name in libraries for how in STRATEGIES},
-            "triton": _ours("triton", None),
-            "flex": _flex,
-        }
-    return {
-        **{name: _ours(name, None) for name in libraries},
-        "triton": _ours("triton", None),
-        "varlen_attn": _varlen,
-        "sdpa": _sdpa,
-        "cudnn": _cudnn,
-        "flex": _flex,
-        "flash_attn": _flash_attn,
-    }
+        return found | {"flex": _flex}
+    libraries: dict[str, Maker] = {"varlen_attn": _varlen, "sdpa": _sdpa, "cudnn": _cudnn, "flex": _flex}
+    return found | libraries | {"flash_attn": _flash_attn}
 
 
-@contextlib.contextmanager
-def findings(name: str) -> Iterator[None]:
-    """What another library raises is a finding, as Unavailable; what one of our kernels raises is an error."""
-    try:
-        yield
-    except Unavailable:
-        raise
-    except Exception as reason:
-        if name.split()[0] in BACKENDS and name.split()[0] not in _LIBRARIES:
-            raise
-        lines = [line for line in str(reason).strip().splitlines() if line] or [""]
-        raise Unavailable(f"{type(reason).__name__}: {lines[0][:120]}") from reason
-
-
-def _ours(backend: str, strategy: str | None) -> Maker:
-    def make(pack: Pack) -> Attention:
-        status = available_backends("packed_attention")[backend]
-        reason = refusal(backend, pack.device.type, pack.dtype, pack.head_dim) if status == USABLE else status
-        if reason is not None:
-            raise Unavailable(reason)
-        plan = pack.plan(strategy)
-        return lambda q, k, v: packed_attention(q, k, v, plan, backend=backend)
-
-    return make
+def _ours(backend: str, status: str, strategy: str | None, pack: Pack) -> Attention:
+    reason = refusal(backend, pack.device.type, pack.dtype, pack.head_dim) if status == USABLE else status
+    if reason is not None:
+        raise Unavailable(reason)
+    plan = pack.plan(strategy)
+    return lambda q, k, v: packed_attention(q, k, v, plan, backend=backend)
 
 
 def _varlen(pack: Pack) -> Attention:
@@ -181,19 +176,18 @@ def _cudnn(pack: Pack) -> Attention:
 
 
 def _flex(pack: Pack) -> Attention:
-    """FlexAttention with the pack's mask, compiled on CUDA."""
+    """FlexAttention with the pack's mask, compiled for its shape; on CPU it has no backward pass."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    lengths = torch.tensor(pack.lengths)
-    segment = torch.arange(len(lengths)).repeat_interleave(lengths).to(pack.device)
-    low, high = (torch.tensor(column).repeat_interleave(lengths).to(pack.device) for column in zip(*pack.prefix))
+    segment, low, high = pack.table()
 
     def mask(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
         own = (segment[row] == segment[key]) & (row >= key)
         return own | ((key >= low[row]) & (key < high[row]))
 
     block_mask = create_block_mask(mask, None, None, pack.rows, pack.rows, device=pack.device.type)
-    flex: Any = torch.compile(flex_attention) if pack.device.type == "cuda" else flex_attention
+    # With sizes as variables its CPU code does not compile (torch 2.13).
+    flex: Any = torch.compile(flex_attention, dynamic=False)
     gqa = pack.heads != pack.kv_heads
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,32 +1,65 @@
-"""Benchmark of policy_loss: forward, gradient and metrics, against the same in eager torch, and its memory floor.
+"""Benchmark of policy_loss and value_loss: loss, gradient and metrics, against the same in eager and compiled torch.
 
-    python -m tulu_hpc.kernels.policy_loss.bench [--quick] [--json PATH]
+    python -m tulu_hpc.kernels.policy_loss.bench [--quick | --rehearse] [--json PATH] [--markdown PATH]
 
-Times are process CPU seconds over threads on CPU, device time between events on CUDA (`*_ms`, with what Python takes to
-launch) and, there, the time inside kernels by the profiler (`*_kernels_us`, with the number of launches). The floor
-copies as many bytes as a pass must read and write, in the same run.
+Columns:
+    shape      K tokens in Q sequences; kind: of the loss
+    pass       forward: loss and metrics, of ours the gradient too; both: with the gradient handed back
+    ms         best turn: process CPU seconds over threads on CPU; on CUDA time between events, with what Python takes
+               to launch
+    GB/s       bytes that a pass must read and write
+    roofline   GB/s over those of a copy of as many bytes in the same run (line `copy`)
+    ratio      median over the turns of eager torch's time over this one's
+    extra_MiB  peak memory beyond inputs and results
+    error      both: largest error of the gradient over the largest gradient, against eager torch in float64
+    kernel_us, launches   CUDA: time inside kernels and their number, by the profiler
 """
 
-import argparse
-from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-from tulu_hpc.kernels.policy_loss.ops import policy_loss
-from tulu_hpc.kernels.registry import last_backend
-from tulu_hpc.kernels.timing import best_milliseconds, report
+from tulu_hpc.kernels import timing
+from tulu_hpc.kernels.bench_losses import EAGER, Loss, loss_goals, loss_lines
+from tulu_hpc.kernels.bench_report import Goal, report
+from tulu_hpc.kernels.contest import OURS, backends
+from tulu_hpc.kernels.policy_loss.ops import OP, policy_loss
+from tulu_hpc.kernels.policy_loss.value import OP as VALUE
+from tulu_hpc.kernels.policy_loss.value import value_loss
+from tulu_hpc.kernels.registry import USABLE
+from tulu_hpc.kernels.timing import Run
 
-# tokens, sequences
-QUICK = [(4096, 8)]
-FULL = [(65536, 64), (65536, 8), (8192, 64)]
-VARIANTS: dict[str, dict[str, Any]] = {
+KINDS: dict[str, dict[str, Any]] = {
     "grpo": {"kind": "grpo", "clip_high": 0.28, "normalisation": "token_mean"},
     "grpo_truncated": {"kind": "grpo", "normalisation": "token_mean", "importance": "truncated"},
     "gspo": {"kind": "gspo", "normalisation": "sequence_mean"},
 }
+
+
+class Shape(NamedTuple):
+    """Tokens in equal sequences."""
+
+    label: str
+    kind: str
+    tokens: int
+    sequences: int
+
+
+def _shapes(*sizes: tuple[str, int, int]) -> list[Shape]:
+    return [Shape(label, kind, tokens, count) for kind in (*KINDS, VALUE) for label, tokens, count in sizes]
+
+
+QUICK = _shapes(("4k", 4096, 8))
+FULL = _shapes(("64k, Q 64", 65536, 64), ("64k, Q 8", 65536, 8), ("8k, Q 64", 8192, 64))
+CUDA = FULL + _shapes(("1M, Q 1024", 2**20, 1024))
+CUDA_QUICK = _shapes(("64k, Q 64", 65536, 64))
+
+
+def shrink(shape: Shape) -> Shape:
+    """512 tokens in a quarter of the sequences, 16 at most."""
+    return shape._replace(tokens=512, sequences=min(16, shape.sequences // 4))
 
 
 def make(tokens: int, sequences: int, device: str) -> dict[str, Tensor]:
@@ -48,7 +81,7 @@ def eager(c: dict[str, Tensor], sequences: int, options: dict[str, Any]) -> tupl
     """What a trainer without a fused loss runs, with the same metrics."""
     low, high = (3e-4, 4e-4) if options["kind"] == "gspo" else (0.2, options.get("clip_high", 0.2))
     log_ratio = c["logprobs"] - c["old"]
-    lengths = torch.bincount(c["ids"], minlength=sequences)
+    lengths = log_ratio.new_zeros(sequences).index_add(0, c["ids"], torch.ones_like(log_ratio))
     if options["kind"] == "gspo":
         sums = log_ratio.new_zeros(sequences).index_add(0, c["ids"], log_ratio)
         log_ratio = (sums / lengths.clamp(min=1))[c["ids"]]
@@ -85,70 +118,73 @@ def eager(c: dict[str, Tensor], sequences: int, options: dict[str, Any]) -> tupl
     return loss, metrics
 
 
-def kernel_microseconds(function: Callable[[], Any]) -> tuple[float, int]:
-    """(time inside CUDA kernels, number of launches) of one call; copies and fills count."""
-    function()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        for _ in range(10):
-            function()
-        torch.cuda.synchronize()
-    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(event.time_range.elapsed_us() for event in events) / 10, len(events) // 10
+def eager_value(c: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped value loss; the columns of `make` stand for values, old values and returns."""
+    values, old, returns = c["logprobs"], c["old"], c["advantages"]
+    held = old + (values - old).clamp(-0.2, 0.2)
+    square = (values - returns).square()
+    loss = torch.maximum(square, (held - returns).square()) / 2
+    with torch.no_grad():
+        metrics = {
+            "loss": loss.sum(),
+            "clipped": ((values - old).abs() > 0.2).sum(),
+            "squared_error": square.sum(),
+            "value": values.sum(),
+        }
+    return loss.mean(), metrics
 
 
-def measure(name: str, tokens: int, sequences: int, device: str, backends: list[str]) -> list[dict[str, Any]]:
-    """Lines of the table: one for each backend."""
-    options = VARIANTS[name]
-    c = make(tokens, sequences, device)
+def measure(shape: Shape, run: Run) -> list[dict[str, Any]]:
+    """Lines of both passes for eager and compiled torch and each backend."""
+    c = make(shape.tokens, shape.sequences, run.device)
     doubled = {key: x if key == "ids" else x.detach().double() for key, x in c.items()}
     doubled["logprobs"].requires_grad_()
-    (exact,) = torch.autograd.grad(eager(doubled, sequences, options)[0], doubled["logprobs"])
+    value = shape.kind == VALUE
+    options = {} if value else KINDS[shape.kind]
 
-    def baseline() -> Tensor:
-        return torch.autograd.grad(eager(c, sequences, options)[0], c["logprobs"])[0]
+    def theirs(c: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return eager_value(c) if value else eager(c, shape.sequences, options)
 
+    def ours(backend: str) -> tuple[Tensor, Any]:
+        if value:
+            out = value_loss(
+                c["logprobs"], c["old"], c["advantages"], clip=0.2, normalisation="token_mean", backend=backend
+            )
+            return out.loss, out.metrics
+        found = policy_loss(
+            c["logprobs"], c["behaviour"], c["advantages"], c["ids"], old_logprobs_K=c["old"],
+            reference_logprobs_K=c["reference"], kl_coef=0.05, num_sequences=shape.sequences, backend=backend,
+            **options,
+        )  # fmt: skip
+        return found.loss, found.metrics
+
+    (exact,) = torch.autograd.grad(theirs(doubled)[0], doubled["logprobs"])
+    compiled = torch.compile(theirs, dynamic=False)
+    losses: dict[str, Loss | str] = {
+        EAGER: lambda: theirs(c),
+        "torch compiled": lambda: compiled(c),
+    }
+    for backend, status in backends(VALUE if value else OP, run).items():
+        losses[f"{OURS} {backend}"] = partial(ours, backend) if status == USABLE else status
     # Read: logprobs, old, behaviour, reference, advantages, for gspo twice and the ids. Written: gradient and mask.
-    moved = tokens * (5 * 4 + 5) + (tokens * (4 * 4 + 8) if name == "gspo" else 0)
-    source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    lines = []
-    eager_ms = best_milliseconds(baseline, device)
-    for backend in backends:
+    moved = shape.tokens * (4 * 4 if value else 5 * 4 + 5)
+    if shape.kind == "gspo":
+        moved += shape.tokens * (4 * 4 + 8)
+    columns = {"shape": shape.label, "kind": shape.kind, "K": shape.tokens, "Q": shape.sequences}
+    return loss_lines(run, VALUE if value else OP, losses, c["logprobs"], exact, moved, columns)
 
-        def forward(backend: str = backend) -> Tensor:
-            return policy_loss(
-                c["logprobs"], c["behaviour"], c["advantages"], c["ids"], old_logprobs_K=c["old"],
-                reference_logprobs_K=c["reference"], kl_coef=0.05, num_sequences=sequences, backend=backend, **options,
-            ).loss  # fmt: skip
 
-        def ours(backend: str = backend) -> Tensor:
-            return torch.autograd.grad(forward(backend), c["logprobs"])[0]
-
-        error = float((ours().double() - exact).abs().max() / exact.abs().max())
-        line: dict[str, Any] = {"kind": name, "K": tokens, "Q": sequences, "backend": last_backend("policy_loss")}
-        line |= {"floor_ms": best_milliseconds(lambda: target.copy_(source), device), "eager_ms": eager_ms}
-        line["ours_ms"] = best_milliseconds(ours, device)
-        line |= {"ratio": line["eager_ms"] / line["ours_ms"], "MB": moved / 1e6, "error": error}
-        if device == "cuda":
-            line["floor_kernels_us"], _ = kernel_microseconds(lambda: target.copy_(source))
-            line["eager_kernels_us"], line["eager_launches"] = kernel_microseconds(baseline)
-            line["forward_kernels_us"], line["forward_launches"] = kernel_microseconds(forward)
-        lines.append(line)
-    return lines
+def goals(table: list[dict[str, Any]]) -> list[Goal]:
+    """Of 64k tokens on an H200, every kind."""
+    return [goal for kind in (*KINDS, VALUE) for goal in loss_goals(table, kind, shape="64k, Q 64", kind=kind)]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints a table and, as the last line, one JSON object; --json writes it too."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shapes, seconds")
-    parser.add_argument("--json", metavar="PATH", help="write the JSON object here as well")
-    options = parser.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    backends = ["reference", "triton" if device == "cuda" else "cpu"]
-    shapes = QUICK if options.quick else FULL
-    lines = [line for name in VARIANTS for shape in shapes for line in measure(name, *shape, device, backends)]
-    report("policy_loss", lines, options.json)
+    """Prints tables and, as the last line, one JSON object."""
+    run = timing.start(timing.parser(__doc__).parse_args(arguments))
+    shapes = run.table(cpu=FULL, cpu_quick=QUICK, cuda=CUDA, cuda_quick=CUDA_QUICK, shrink=shrink)
+    table = [line for shape in shapes for line in measure(shape, run)]
+    report(OP, run, table, goals(table))
 
 
 if __name__ == "__main__":

@@ -1,34 +1,56 @@
-"""Benchmark of preference_loss, forward and gradient, against the same loss written with torch operations.
+"""Benchmark of preference_loss, forward and gradient, against the same loss in eager and compiled torch.
 
-    python -m tulu_hpc.kernels.preference_loss.bench [--quick] [--json PATH]
+    python -m tulu_hpc.kernels.preference_loss.bench [--quick | --rehearse] [--json PATH] [--markdown PATH]
 
-64k tokens in 64 pairs. `ms`: CPU seconds of the process per thread on CPU (other programs do not disturb them), time
-between events on CUDA, which includes the launch overhead of Python. On CUDA also `device_us`: one replay of the
-forward pass (which computes the gradient too) as a CUDA graph, and `launches`: kernels of a call outside of a graph.
-The floor is the time that the bytes which must be moved (log-probs, ids, coefficients) take at the speed of a large
-copy, measured in the same run.
+Eager and compiled torch take part in dpo_norm; the other kinds are beside our reference. Columns:
+    shape      K tokens in so many pairs; kind: of the loss
+    pass       forward: loss and metrics, of ours the gradient too; both: with the gradient handed back
+    ms         best turn: CPU seconds of the process per thread on CPU; on CUDA time between events, with what Python
+               takes to launch
+    GB/s       bytes that must be moved: log-probs, ids, coefficients
+    roofline   GB/s over those of a copy of as many bytes in the same run (line `copy`)
+    ratio      median over the turns of eager torch's time over this one's
+    extra_MiB  peak memory beyond inputs and results
+    error      both: largest error of the gradient over the largest gradient, against our reference in float64
+    kernel_us, launches   CUDA: time inside kernels and their number, by the profiler
 """
 
-import argparse
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from tulu_hpc.kernels import triton_support
+from tulu_hpc.kernels import timing
+from tulu_hpc.kernels.bench_losses import EAGER, Loss, loss_goals, loss_lines
+from tulu_hpc.kernels.bench_report import Goal, report
+from tulu_hpc.kernels.contest import OURS, backends
 from tulu_hpc.kernels.preference_loss.ops import OP, preference_loss
-from tulu_hpc.kernels.registry import USABLE, available_backends, last_backend
-from tulu_hpc.kernels.timing import best_milliseconds, report
+from tulu_hpc.kernels.registry import USABLE
+from tulu_hpc.kernels.timing import Run
 
-# kind, tokens, pairs
-QUICK = [("dpo_norm", 8192, 16)]
-FULL = [(kind, 65536, 64) for kind in ("dpo_norm", "dpo", "ipo", "simpo", "orpo", "kto")] + [
-    ("dpo_norm", 1048576, 1024)
-]
+NORM = "dpo_norm"
 OPTIONS: dict[str, dict[str, Any]] = {"kto": {"kl": 0.1}, "simpo": {"gamma": 0.5}}
-CALLS = 10  # in one measurement
+
+
+class Shape(NamedTuple):
+    """Tokens in pairs of sequences."""
+
+    label: str
+    kind: str
+    tokens: int
+    pairs: int
+
+
+QUICK = [Shape("8k", NORM, 8192, 16), Shape("8k", "simpo", 8192, 16)]
+FULL = [Shape("64k", kind, 65536, 64) for kind in (NORM, "dpo", "ipo", "simpo", "orpo", "kto")]
+FULL += [Shape("1M", NORM, 2**20, 1024)]
+CUDA_QUICK = FULL[:1]
+
+
+def shrink(shape: Shape) -> Shape:
+    """128 tokens in 4 pairs."""
+    return shape._replace(tokens=128, pairs=4)
 
 
 def eager(logprobs: Tensor, ids: Tensor, reference: Tensor, pairs: Tensor, beta: float) -> tuple[Tensor, list[Tensor]]:
@@ -53,103 +75,45 @@ def eager(logprobs: Tensor, ids: Tensor, reference: Tensor, pairs: Tensor, beta:
     return -logsigmoid(margins).sum(), metrics
 
 
-def copy_bytes_per_second(device: str) -> float:
-    """Bytes read and written per second by a copy much larger than the caches."""
-    source = torch.ones(2**26 if device == "cuda" else 2**24, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (1e-3 * best_milliseconds(lambda: target.copy_(source), device))
-
-
-def on_device(function: Callable[[], Any]) -> tuple[float, int]:
-    """Microseconds of one replay of `function` as a CUDA graph, and its kernels."""
-    for _ in range(3):
-        function()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        function()
-        torch.cuda.synchronize()
-    kernels = sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
-
-    def replays() -> None:
-        for _ in range(100):
-            graph.replay()
-
-    return 10 * best_milliseconds(replays, "cuda"), kernels
-
-
-def measure(kind: str, tokens: int, pair_count: int, device: str, bandwidth: float) -> list[dict[str, Any]]:
-    """One line for eager torch (dpo_norm only), and one for each backend that can run."""
+def measure(shape: Shape, run: Run) -> list[dict[str, Any]]:
+    """Lines of both passes for eager and compiled torch (dpo_norm) and each backend."""
     generator = torch.Generator().manual_seed(0)
-    sequences = 2 * pair_count
-    ids = torch.randint(0, sequences, (tokens,), generator=generator).sort().values.to(device)
-    logprobs = (-2 * torch.rand(tokens, generator=generator)).to(device).requires_grad_()
-    reference = (-float(tokens / sequences) + torch.randn(sequences, generator=generator)).to(device)
-    pairs = torch.randperm(sequences, generator=generator).reshape(-1, 2).to(device)
-    options: dict[str, Any] = {"kind": kind, "beta": 0.5, **OPTIONS.get(kind, {})}
+    sequences = 2 * shape.pairs
+    ids = torch.randint(0, sequences, (shape.tokens,), generator=generator).sort().values.to(run.device)
+    logprobs = (-2 * torch.rand(shape.tokens, generator=generator)).to(run.device).requires_grad_()
+    mean = -float(shape.tokens / sequences)
+    reference = (mean + torch.randn(sequences, generator=generator)).to(run.device)
+    pairs = torch.randperm(sequences, generator=generator).reshape(-1, 2).to(run.device)
+    options: dict[str, Any] = {"kind": shape.kind, "beta": 0.5, **OPTIONS.get(shape.kind, {})}
     double = logprobs.detach().double().requires_grad_()
     oracle = preference_loss(double, ids, reference, pairs, backend="reference", **options)
-    (oracle_gradient,) = torch.autograd.grad(oracle.loss, double)
-    functions: dict[str, Callable[[], tuple[Tensor, Any]]] = {}
-    if kind == "dpo_norm":
-        functions["eager torch"] = lambda: eager(logprobs, ids, reference, pairs, 0.5)
-    for backend, status in available_backends(OP).items():
-        wrong_device = backend == "cpu" and device != "cpu"
-        # A time of Triton's interpreter means nothing.
-        if status == USABLE and not wrong_device and not (backend == "triton" and triton_support.interpreting()):
-            functions[backend] = lambda name=backend: preference_loss(  # type: ignore[misc]
-                logprobs, ids, reference, pairs, backend=name, **options
-            )
-    lines: list[dict[str, Any]] = []
-    for name, function in functions.items():
+    (exact,) = torch.autograd.grad(oracle.loss, double)
+    losses: dict[str, Loss | str] = {}
+    if shape.kind == NORM:
+        compiled = torch.compile(eager, dynamic=False)
+        losses[EAGER] = lambda: eager(logprobs, ids, reference, pairs, 0.5)
+        losses["torch compiled"] = lambda: compiled(logprobs, ids, reference, pairs, 0.5)
+    for backend, status in backends(OP, run).items():
 
-        def both(function: Callable[[], tuple[Tensor, Any]] = function) -> Tensor:
-            return torch.autograd.grad(function()[0], logprobs)[0]
+        def ours(backend: str = backend) -> tuple[Tensor, Any]:
+            return preference_loss(logprobs, ids, reference, pairs, backend=backend, **options)
 
-        def repeated(both: Callable[[], Tensor] = both) -> None:
-            for _ in range(CALLS):
-                both()
+        losses[f"{OURS} {backend}"] = ours if status == USABLE else status
+    columns = {"shape": shape.label, "kind": shape.kind, "K": shape.tokens, "pairs": shape.pairs}
+    return loss_lines(run, OP, losses, logprobs, exact, shape.tokens * (4 + 8 + 4), columns)
 
-        gradient = both()
-        if name != "eager torch" and last_backend(OP) != name:
-            raise RuntimeError(f"{name} was asked for, {last_backend(OP)} ran")
-        milliseconds = best_milliseconds(repeated, device) / CALLS
-        floor = 1e3 * tokens * (4 + 8 + 4) / bandwidth
-        device_us, launches = on_device(function) if device == "cuda" else (None, None)
-        lines.append(
-            {
-                "kind": kind,
-                "tokens": tokens,
-                "pairs": pair_count,
-                "backend": name,
-                "ms": milliseconds,
-                "Mtokens/s": 1e-3 * tokens / milliseconds,
-                "pairs/s": round(1e3 * pair_count / milliseconds),
-                "floor_ms": floor,
-                "device_us": device_us,
-                "launches": launches,
-                "gradient_error": float((gradient.double() - oracle_gradient).abs().max()),
-            }
-        )
-    for line in lines:
-        line["eager_ratio"] = lines[0]["ms"] / line["ms"] if lines[0]["backend"] == "eager torch" else None
-    return lines
+
+def goals(table: list[dict[str, Any]]) -> list[Goal]:
+    """Of 64k tokens on an H200."""
+    return loss_goals(table, NORM, shape="64k", kind=NORM)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints a table and, as the last line, one JSON object; --json writes it too."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shapes, seconds")
-    parser.add_argument("--json", metavar="PATH", help="write the JSON object here as well")
-    options = parser.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for backend, status in available_backends(OP).items():
-        if status != USABLE or (backend == "triton" and triton_support.interpreting()):
-            print(f"{backend}: not measured ({status if status != USABLE else 'interpreted'})")
-    bandwidth = copy_bytes_per_second(device)
-    lines = [line for shape in (QUICK if options.quick else FULL) for line in measure(*shape, device, bandwidth)]
-    report(OP, lines, options.json)
+    """Prints tables and, as the last line, one JSON object."""
+    run = timing.start(timing.parser(__doc__).parse_args(arguments))
+    shapes = run.table(cpu=FULL, cpu_quick=QUICK, cuda=FULL, cuda_quick=CUDA_QUICK, shrink=shrink)
+    table = [line for shape in shapes for line in measure(shape, run)]
+    report(OP, run, table, goals(table))
 
 
 if __name__ == "__main__":

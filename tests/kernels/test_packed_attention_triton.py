@@ -6,7 +6,6 @@ Runs under the interpreter on the CPU and, where there is a GPU, on that. Tiles 
 from __future__ import annotations
 
 import itertools
-import json
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.fake_libraries import dense_backward, dense_forward
-from tulu_hpc.kernels import BackendError, last_backend, packed_attention, plan_attention, triton_support
+from tulu_hpc.kernels import BackendError, last_backend, packed_attention, plan_attention
 from tulu_hpc.kernels.packed_attention import flash, ops, parts, select, triton_backend, triton_plan
 from tulu_hpc.kernels.packed_attention import plan as plan_module
 from tulu_hpc.kernels.packed_attention.plan import AttentionPlan
@@ -425,21 +424,3 @@ def test_the_flash_backend_around_its_library(backend, strategy, reorder, monkey
         assert last_backend(parts.SUM_COPIES) == backend
     for mine, right in zip(found, oracle(plan, inputs, scale=0.5)):
         torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_the_benchmark_runs_everything(tmp_path, capsys):
-    """The GPU's script at tiny shapes: our backends have figures, other libraries figures or the reason why not."""
-    from tulu_hpc.kernels.packed_attention import bench
-
-    if not triton_support.interpreting():
-        pytest.skip("needs TRITON_INTERPRET=1; on a GPU the benchmark itself is run")
-    bench.main(["--quick", "--json", str(tmp_path / "figures.json")])
-    result = json.loads((tmp_path / "figures.json").read_text())
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
-    for line in result["lines"]:
-        assert line["note"] or line["both_ms"] > 0
-        ours = line["contestant"].split()[0] in ("cpu", "triton")
-        assert not ours or (line["note"] is None and line["gain"] > 0 and (line["error"] or 0) < 1e-5)
-    assert {line["contestant"] for line in result["lines"]} >= {"triton", "cpu merge", "flex", "cudnn", "varlen_attn"}
-    assert [line["layout"] for line in result["lines"] if line["part"] == "layer"] == ["expanded", "shared"]

@@ -45,52 +45,58 @@ def run(family: str, arguments: Sequence[str]) -> None:
 
 
 def run_all(arguments: Sequence[str]) -> None:
-    """Every family's benchmark in a process of its own, one after the other; tables and figures in two files.
+    """Every family's benchmark in a process of its own, one after the other; figures, tables and plots in files.
 
     Args:
-        arguments: `--quick` for small shapes, `--output FOLDER` (default: benchmarks) for kernels.json and kernels.md.
+        arguments: `--output FOLDER` (default: benchmarks) for kernels.json, kernels.md and plots/; all others go to
+            every family's benchmark.
 
     Raises:
         ValueError: an unknown argument.
-        RuntimeError: a benchmark failed; the others are not run.
+        RuntimeError: a benchmark failed (after the others have run and what they found is written).
     """
     import argparse
 
-    parser = argparse.ArgumentParser(prog=f"tulu-hpc bench {ALL}", exit_on_error=False)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks"))
-    options, unknown = parser.parse_known_args(list(arguments))
-    if unknown:
-        raise ValueError(f"bench {ALL}: unknown arguments {' '.join(unknown)}; there are --quick and --output FOLDER")
+    from tulu_hpc.kernels import timing
+
+    # No abbreviations: what follows would be cut out wrongly.
+    own = argparse.ArgumentParser(prog=f"tulu-hpc bench {ALL}", exit_on_error=False, allow_abbrev=False)
+    own.add_argument("--output", type=Path, default=Path("benchmarks"))
+    options, passed_on = own.parse_known_args(list(arguments))
+    _, unknown = timing.parser(None).parse_known_args(passed_on)
+    if unknown or {"--json", "--markdown"} & {argument.split("=")[0] for argument in passed_on}:
+        raise ValueError(
+            f"bench {ALL}: unknown arguments {' '.join(unknown or passed_on)}; "
+            "there are --quick, --rehearse, --device, --skip, --only and --output FOLDER"
+        )
     results: dict[str, Any] = {}
+    failed: list[str] = []
     for family in families():
         print(f"== {family}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             figures = Path(folder) / "figures.json"
-            command = [sys.executable, "-m", f"tulu_hpc.kernels.{family}.bench", "--json", str(figures)]
-            if subprocess.run([*command, *(["--quick"] if options.quick else [])]).returncode:
-                raise RuntimeError(f"the benchmark of {family} failed (its output is above)")
-            results[family] = json.loads(figures.read_text())
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "kernels.json").write_text(json.dumps(results) + "\n")
-    (options.output / "kernels.md").write_text(markdown(results))
-    print(f"{options.output / 'kernels.md'}, {options.output / 'kernels.json'}")
+            command = [sys.executable, "-m", f"tulu_hpc.kernels.{family}.bench", "--json", str(figures), *passed_on]
+            if subprocess.run(command).returncode:
+                failed.append(family)
+            if figures.exists():
+                results[family] = json.loads(figures.read_text())
+    write(results, options.output)
+    print(f"{options.output / 'kernels.md'}, {options.output / 'kernels.json'}, {options.output / 'plots'}")
+    if failed:
+        raise RuntimeError(f"the benchmarks of {', '.join(failed)} failed (their output is above)")
 
 
-def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A section with a table for each family, in the order of its benchmark's lines."""
+def write(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """kernels.json, kernels.md and plots/*.svg of the results of all families."""
+    from tulu_hpc.diagnostics.benchmark_plots import plots
+    from tulu_hpc.kernels.bench_report import markdown
+
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
     parts = ["# Kernel benchmarks", ""]
     for family, result in results.items():
-        setting = {key: value for key, value in result.items() if isinstance(value, str | int | float)}
-        parts += [f"## {family}", "", ", ".join(f"{key} {value}" for key, value in setting.items()), ""]
-        columns = list(dict.fromkeys(key for line in result["lines"] for key in line))
-        parts += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-        parts += [f"| {' | '.join(_cell(line.get(key)) for key in columns)} |" for line in result["lines"]]
-        parts.append("")
-    return "\n".join(parts)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+        parts.append(markdown(result))
+        for name, svg in plots(family, result["lines"]).items():
+            (folder / "plots" / name).write_text(svg + "\n")
+            parts += [f"![{family}: share of the roofline](plots/{name})", ""]
+    (folder / "kernels.md").write_text("\n".join(parts))
+    (folder / "kernels.json").write_text(json.dumps(results) + "\n")
