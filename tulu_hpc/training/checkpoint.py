@@ -29,7 +29,7 @@ from tulu_hpc.training.optimizer import optimizer_step, unshare_steps
 from tulu_hpc.training.save_strategy import InProcessSave
 from tulu_hpc.training.trainer import Trainer
 
-FORMAT = 1
+FORMAT = 2
 STATE, MANIFEST = "trainer_state.json", "manifest.json"
 
 
@@ -58,6 +58,7 @@ def save(trainer: Trainer, directory: Path, extra: dict[str, Any], *, keep_last:
             "step": trainer.step,
             "world_size": groups.world_size,
             "layout": _layout(groups),
+            "trainer": trainer.state_dict(),
             "extra": extra,
         }
         _write(partial / STATE, state)
@@ -117,9 +118,11 @@ def load(trainer: Trainer, path: Path) -> tuple[int, dict[str, Any]]:
     unshare_steps(trainer.optimizer)
     if same_layout:
         determinism.set_rng_state(loaded["rng"])
-    if optimizer_step(trainer.optimizer) != state["step"]:
+    trainer.load_state_dict(state["trainer"])
+    if optimizer_step(trainer.optimizer) + trainer.spikes.skipped != state["step"]:
         raise CheckpointError(
-            f"{path}: the optimizer is at step {optimizer_step(trainer.optimizer)}, the run at {state['step']}"
+            f"{path}: the optimizer is at step {optimizer_step(trainer.optimizer)}, the run at {state['step']} with "
+            f"{trainer.spikes.skipped} steps left out"
         )
     trainer.step = state["step"]
     return trainer.step, state["extra"]

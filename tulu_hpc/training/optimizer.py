@@ -22,18 +22,22 @@ around checkpoints (the fifth is wrong with any Adam):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer import distrib_optimizer as megatron_distributed
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from tulu_hpc.config.sections import OptimizerSection
+from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.layout import Groups
 
 MEGATRON_SHARDED_STATE = megatron_distributed.DistributedOptimizer.sharded_param_state_fully_reshardable
@@ -81,6 +85,31 @@ def build_optimizer(
 def torch_optimizers(optimizer: ChainedOptimizer) -> list[torch.optim.Optimizer]:
     """The torch optimizers below megatron's."""
     return [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: ChainedOptimizer, groups: Groups) -> float:
+    """Global norm of the reduced gradients, the first half of megatron's `step`; bitwise equal on all ranks."""
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if groups.world_size == 1:
+        return norm
+    # Replicas compute it each for themselves, and what is decided by it must be decided alike. max() may drop a NaN.
+    value = torch.tensor([norm, float(not math.isfinite(norm))], dtype=torch.float64, device=default_device())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    largest, bad = value.tolist()
+    return math.nan if bad and math.isfinite(largest) else largest
+
+
+@torch.no_grad()
+def update_parameters(optimizer: ChainedOptimizer, grad_norm: float) -> None:
+    """Clip by `grad_norm` and update, the second half of megatron's `step`."""
+    for part in optimizer.chained_optimizers:
+        if getattr(part, "is_stub_optimizer", False) or not part.config.clip_grad > 0:
+            continue
+        if parameters := part.get_parameters():
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
 
 
 def _parameters(inner: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.utils import get_model_config
 from torch import nn
 
 from tulu_hpc.config.architecture import Architecture
@@ -18,9 +19,13 @@ from tulu_hpc.models.build import build_model
 from tulu_hpc.models.convert import load_hf
 from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.layout import Groups
+from tulu_hpc.telemetry.step_clock import StepClock, device_clock
+from tulu_hpc.training.non_finite import NonFiniteWatch
 from tulu_hpc.training.optimizer import build_optimizer
 from tulu_hpc.training.runner import Runner
 from tulu_hpc.training.schedule import Schedule
+from tulu_hpc.training.spike import SpikeGuard
+from tulu_hpc.training.timing import watch_schedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -31,6 +36,8 @@ class Trainer:
 
     Attributes:
         chunks: megatron DDP modules, one per virtual pipeline chunk of this rank; `models` are the modules inside.
+        spikes: judges each step's gradient norm. watch: how a step that is not finite is traced.
+        clock: told what a step does, if somebody starts it.
         metric_names: agreed on by all ranks at the first step (only the last pipeline stage computes metrics).
     """
 
@@ -40,12 +47,26 @@ class Trainer:
     schedule: Schedule
     groups: Groups
     architecture: Architecture
+    spikes: SpikeGuard
+    watch: NonFiniteWatch = field(default_factory=NonFiniteWatch)
+    clock: StepClock = field(default_factory=device_clock)
     step: int = 0
     metric_names: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        watch_schedule(get_model_config(self.chunks[0]), self.clock)
 
     @property
     def models(self) -> list[Any]:
         return [chunk.module for chunk in self.chunks]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values beside parameters and optimizer that the next steps depend on; equal on all ranks."""
+        return {"spikes": self.spikes.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self.spikes.load_state_dict(state["spikes"])
 
     def zero_grad(self) -> None:
         for chunk in self.chunks:
@@ -115,6 +136,7 @@ def build_trainer(
         schedule=schedule,
         groups=groups,
         architecture=architecture,
+        spikes=SpikeGuard(optimizer.spike),
     )
 
 
