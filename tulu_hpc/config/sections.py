@@ -205,10 +205,10 @@ class TelemetrySection(Section):
     straggler_ratio: float = Field(
         default=1.25, gt=1, description="Warn when the slowest rank takes this many times the median."
     )
-    profile_steps: list[int] = Field(
+    profile_steps: list[Annotated[int, Field(ge=1)]] = Field(
         default_factory=list, description="Steps (from 1) traced by torch's profiler: {run.dir}/profile/, per rank."
     )
-    memory_snapshot_steps: list[int] = Field(
+    memory_snapshot_steps: list[Annotated[int, Field(ge=1)]] = Field(
         default_factory=list, description="Steps (from 1) whose allocations are recorded; CUDA only."
     )
 

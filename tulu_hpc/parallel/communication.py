@@ -43,18 +43,17 @@ _METHODS = (
 @contextmanager
 def timed_collectives(clock: StepClock) -> Iterator[None]:
     """Inside, blocking in torch.distributed is phase `communication` of `clock`."""
-    targets: list[tuple[Any, str]] = [
-        (dist.ProcessGroup, name) for name in _METHODS if hasattr(dist.ProcessGroup, name)
-    ]
+    targets: list[tuple[Any, str]] = [(dist.ProcessGroup, name) for name in _METHODS if name in vars(dist.ProcessGroup)]
     targets.append((dist.Work, "wait"))
-    originals = [(owner, name, getattr(owner, name)) for owner, name in targets]
-    for owner, name, function in originals:
-        setattr(owner, name, _timed(function, clock))
+    # As they lie in the class: getattr would return functions that do not bind `self` when they are put back.
+    originals = [(owner, name, vars(owner)[name]) for owner, name in targets]
+    for owner, name in targets:
+        setattr(owner, name, _timed(getattr(owner, name), clock))
     try:
         yield
     finally:
-        for owner, name, function in originals:
-            setattr(owner, name, function)
+        for owner, name, descriptor in originals:
+            setattr(owner, name, descriptor)
 
 
 def _timed(function: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:

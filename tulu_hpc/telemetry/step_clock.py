@@ -2,7 +2,7 @@
 
 On a CPU moments are read from the host's clock. On a GPU they are CUDA events in the stream that computes, so that a
 phase is what the device spent in it, not how long the host took to queue it; nothing waits for the device before
-`stop`.
+`seconds` is asked.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 Phase = Literal["data", "forward", "backward", "communication", "optimizer", "other"]
 PHASES: tuple[Phase, ...] = ("data", "forward", "backward", "communication", "optimizer", "other")
+Marks = list[tuple[Any, Phase]]  # the phase that begins at each stamp
 
 
 class StepClock:
@@ -22,7 +23,7 @@ class StepClock:
 
     Args:
         stamp: reads the clock; the default is the host's.
-        difference: seconds between two stamps, called only in `stop` (where it may wait for the device).
+        difference: seconds between two stamps, called only in `seconds` (where it may wait for the device).
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class StepClock:
     ) -> None:
         self._stamp = stamp
         self._difference = difference or (lambda begin, end: float(end - begin))
-        self._marks: list[tuple[Any, Phase]] | None = None  # the phase that begins at each stamp
+        self._marks: Marks | None = None
         self._stack: list[Phase] = []
 
     @property
@@ -62,8 +63,8 @@ class StepClock:
         finally:
             self.leave()
 
-    def stop(self) -> dict[Phase, float]:
-        """End the step: seconds of every phase.
+    def stop(self) -> Marks:
+        """End the step; `seconds` reads it.
 
         Raises:
             RuntimeError: no step runs.
@@ -71,6 +72,10 @@ class StepClock:
         if self._marks is None:
             raise RuntimeError("StepClock.stop without start")
         marks, self._marks = [*self._marks, (self._stamp(), "other")], None
+        return marks
+
+    def seconds(self, marks: Marks) -> dict[Phase, float]:
+        """Seconds of every phase of a step that has been stopped; waits for the device where it has not come so far."""
         seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         for (begin, phase), (end, _) in pairwise(marks):
             seconds[phase] += self._difference(begin, end)
