@@ -64,6 +64,11 @@ class ModelSection(Section):
         default=None, description="Prefix attention: K/V repeated per response, or two calls merged; empty: by cost."
     )
 
+    @property
+    def precision(self) -> str:
+        """What the weights are computed in: models that differ in it have different log-probs."""
+        return f"{self.dtype}, fp32 head" if self.fp32_head and self.dtype != "float32" else self.dtype
+
 
 class ParallelSection(Section):
     tensor: int = Field(default=1, ge=1)

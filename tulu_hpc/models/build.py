@@ -160,6 +160,7 @@ def build_model(
     logprob_buffer_bytes: int | None = None,
     device: torch.device | str | None = None,
     deterministic: bool = False,
+    fp32_head: bool = False,
 ) -> list[Llama]:
     """The model chunks of this rank, one per virtual pipeline stage, weights NOT initialised (`convert.load_hf`).
 
@@ -172,6 +173,7 @@ def build_model(
         logprob_buffer_bytes: largest buffer of logits; None: the kernel's default.
         device: None: this process's device; "meta": shapes only.
         deterministic: only deterministic kernels inside megatron.
+        fp32_head: hold the LM head in fp32 (and compute log-probs and logits with it) whatever `dtype` is.
 
     Raises:
         LayoutError: the model cannot be split this way.
@@ -213,6 +215,8 @@ def build_model(
             )
         _mark_split_weights(chunk)
         chunk.finish(architecture, logprob_buffer_bytes)
+        if fp32_head:
+            chunk.keep_head_in_fp32()
         chunks.append(chunk)
     return chunks
 

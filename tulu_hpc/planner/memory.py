@@ -42,6 +42,7 @@ class Workload:
         fused_norm: the norm saves its input only (CUDA), not also the normalised rows (CPU).
         resident_copies: further copies of the weights (a reference policy).
         cache_tokens: tokens of the rollout engine's key/value cache on one replica.
+        fp32_head: the head (tied: the embedding too) is fp32: 4 + 4 + 8/d bytes per parameter.
     """
 
     architecture: Architecture
@@ -59,6 +60,7 @@ class Workload:
     fused_norm: bool = True
     resident_copies: int = 0
     cache_tokens: int = 0
+    fp32_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,19 @@ def stage_parameters(work: Workload, stage: int) -> int:
     return count
 
 
+def _fp32_parameters(work: Workload, stage: int) -> int:
+    """Parameters that `fp32_head` holds in fp32 on a stage of a model that is not."""
+    architecture, layout = work.architecture, work.layout
+    holds = stage == layout.pipeline - 1 or (architecture.tie_word_embeddings and stage == 0)
+    if not work.fp32_head or not holds:
+        return 0
+    return (
+        padded_vocab(architecture.vocab_size, layout.tensor, work.vocab_multiple)
+        // layout.tensor
+        * (architecture.hidden_size)
+    )
+
+
 def _q(architecture: Architecture) -> int:
     return architecture.num_attention_heads * architecture.head_dim
 
@@ -140,6 +155,8 @@ def _stage(work: Workload, stage: int) -> StageMemory:
     count = stage_parameters(work, stage)
     shards = work.data * layout.context if work.distributed_optimizer else 1
     state_bytes = 12 if work.dtype_bytes == 2 else 8
+    gradient_bytes = 4 if work.dtype_bytes == 4 else work.gradient_bytes
+    head = _fp32_parameters(work, stage)
     in_flight = micro_batches_in_flight(layout, stage, work.micro_batches)
     activations, logits = _activations(work, stage, layers, in_flight)
     cache_row = 2 * sum(layers) * (_kv(work.architecture) // layout.tensor) * work.dtype_bytes
@@ -147,10 +164,10 @@ def _stage(work: Workload, stage: int) -> StageMemory:
         stage=stage,
         layers=tuple(layers),
         parameters=count,
-        weights=count * work.dtype_bytes,
-        gradients=count * (4 if work.dtype_bytes == 4 else work.gradient_bytes),
-        optimizer=-(-count * state_bytes // shards),
-        reference=count * work.dtype_bytes * work.resident_copies,
+        weights=(count - head) * work.dtype_bytes + head * 4,
+        gradients=(count - head) * gradient_bytes + head * 4,
+        optimizer=-(-((count - head) * state_bytes + head * 8) // shards),
+        reference=((count - head) * work.dtype_bytes + head * 4) * work.resident_copies,
         activations=activations,
         logits=logits,
         cache=work.cache_tokens * cache_row,
@@ -205,7 +222,10 @@ def _activations(work: Workload, stage: int, layers: list[int], in_flight: float
     scored = int(rows * work.scored)
     vocab = padded_vocab(architecture.vocab_size, tensor, work.vocab_multiple) // tensor
     norm = (2 if work.fused_norm else 3) * rows * hidden / residual * size
-    head = norm + scored * hidden * (4 + (size if layout.sequence_parallel else 0)) + vocab * hidden * size
+    wide_rows = 4 * rows * hidden / residual if work.fp32_head and size < 4 else 0.0  # an fp32 copy for an fp32 head
+    head_size = 4 if work.fp32_head else size
+    gathered = scored * hidden * (4 + (head_size if layout.sequence_parallel else 0))
+    head = norm + wide_rows + gathered + vocab * hidden * head_size
     logits = logits_bytes(work, scored, vocab)
     if head + logits >= layer_peak:
         return int(saved + head), logits

@@ -3,7 +3,7 @@
 megatron-core 0.16.1 is written for the fused Adam of Transformer Engine or Apex, which keeps `step` in the parameter
 group. Here torch's AdamW is used everywhere, also where those packages are installed, so that a checkpoint means the
 same on every machine. With it `step` is a tensor per parameter, and four things in `DistributedOptimizer` go wrong
-around checkpoints (the fifth is wrong with any Adam):
+around checkpoints (the fifth and sixth are wrong with any Adam):
 
 1. `state_dict` asserts that exactly one `step` exists, which fails while the state is empty (a fresh optimizer that is
    about to load): `create_state` makes the state at construction.
@@ -16,6 +16,8 @@ around checkpoints (the fifth is wrong with any Adam):
    the buckets without their padding. With several buckets (tied embeddings over pipeline stages, or overlapped gradient
    reduction of a large model) everything after the first padded one is saved shifted, with a warning at most:
    `_sharded_state` gives it the places without padding.
+6. `model_param_group_index_map` numbers a group's parameters as they lie in the buffers, but the group lists fp32 ones
+   before the others: with an fp32 head in a bf16 model every look-up is wrong. `number_by_dtype` corrects it.
 
 `Float16OptimizerWithFloat16Params` and `FP32Optimizer` share 1 (their state has no `step` before the first step).
 """
@@ -78,8 +80,18 @@ def build_optimizer(
     for inner in torch_optimizers(optimizer):
         for group in inner.param_groups:
             group["fused"], group["foreach"] = True, False  # one kernel per step on CPU and CUDA alike
+    number_by_dtype(optimizer)
     create_state(optimizer)
     return optimizer
+
+
+def number_by_dtype(optimizer: ChainedOptimizer) -> None:
+    """Number the parameters of a group as the group lists them: fp32, then the others (defect 6)."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, megatron_distributed.DistributedOptimizer):
+            for index, (fp32, others) in enumerate(zip(part.model_fp32_groups, part.model_float16_groups, strict=True)):
+                for order, parameter in enumerate([*fp32, *others]):
+                    part.model_param_group_index_map[parameter] = (index, order)
 
 
 def torch_optimizers(optimizer: ChainedOptimizer) -> list[torch.optim.Optimizer]:

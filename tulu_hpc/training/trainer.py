@@ -102,7 +102,7 @@ def build_trainer(
 
     Raises:
         ValueError: gradients of lower precision than the model's, or parameters gathered late where two pipeline stages
-            share the embedding; megatron has neither.
+            share the embedding, or an fp32 head without the distributed optimizer; megatron has none of these.
     """
     if optimizer.gradient_dtype == "bfloat16" and model.dtype != "bfloat16":
         raise ValueError(f"optimizer.gradient_dtype is bfloat16 but model.dtype is {model.dtype}")
@@ -116,6 +116,9 @@ def build_trainer(
             f"parallel.overlap_param_gather does not work with tied embeddings on parallel.pipeline = "
             f"{parallel.pipeline} stages: set it to false, or parallel.virtual_pipeline to 2 or more"
         )
+    if model.precision != model.dtype and not parallel.distributed_optimizer:
+        # megatron's other optimizer for bf16 writes no checkpoint of a model with fp32 parameters in it.
+        raise ValueError("model.fp32_head in a bfloat16 model needs parallel.distributed_optimizer")
     chunks = load_model(model, groups, architecture, recompute=recompute, load_weights=load_weights)
     wrapped = wrap_data_parallel(chunks, parallel, optimizer, groups)
     schedule = Schedule(
@@ -156,6 +159,7 @@ def load_model(
         recompute=recompute,
         vocab_multiple=model.vocab_multiple,
         logprob_buffer_bytes=model.logprob_buffer_mib * 2**20,
+        fp32_head=model.fp32_head,
         # The embedding's gradient: torch does not refuse F.embedding on CUDA, but its sums have no fixed order.
         deterministic=default_device().type == "cuda" and torch.are_deterministic_algorithms_enabled(),
     )
