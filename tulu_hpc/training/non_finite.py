@@ -167,7 +167,9 @@ def describe(report: dict[str, Any]) -> str:
         if first["sample_ids"]:
             begin += f", micro-batch {first['micro_batch']} with samples {_some(first['sample_ids'])}"
     tail = f"; sequences affected: {_some(report['sample_ids'])}" if report["sample_ids"] else ""
-    return f"{what}; {begin}{tail}; no parameter was changed, the last checkpoint is good"
+    spoilt = first is not None and first["kind"] == "value"
+    end = "the parameter was so before this step" if spoilt else "no parameter was changed by this step"
+    return f"{what}; {begin}{tail}; {end}"
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:
