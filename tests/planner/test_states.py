@@ -81,6 +81,26 @@ def test_parameters_equal_the_built_model(layout: Layout, tied: bool) -> None:
         assert stage_parameters(work, stage) == sum(built.values())
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.usefixtures("_no_groups_left")
+def test_bytes_of_an_fp32_head_equal_the_built_model(tied: bool) -> None:
+    layout = Layout(tensor=2, pipeline=2, sequence=True)
+    architecture = Architecture(
+        vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    work = Workload(architecture, layout, data=2, rows=64, fp32_head=True, gradient_bytes=2, resident_copies=1)
+    for stage in plan_memory(work):
+        groups = initialize_fake(layout, rank=stage.stage * 2, world_size=4)
+        chunks = build_model(architecture, groups, dtype=torch.bfloat16, device="meta", fp32_head=True)
+        parameters = list({id(p): p for chunk in chunks for p in chunk.parameters()}.values())
+        assert stage.weights == stage.reference == sum(p.numel() * p.element_size() for p in parameters)
+        assert stage.gradients == stage.weights, "gradient buffers have the parameters' dtypes"
+        # fp32: two moments; bf16: a master copy too; shared by two replicas.
+        state = sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in parameters)
+        assert stage.optimizer == -(-state // 2)
+
+
 def test_micro_batches_in_flight() -> None:
     plain = Layout(pipeline=4)
     assert [micro_batches_in_flight(plain, stage) for stage in range(4)] == [4, 3, 2, 1]

@@ -64,6 +64,9 @@ class ModelSection(Section):
     fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = Field(
         default="tensorwise", description="Scaling: per tensor (current values), per block (Hopper), mxfp8 (Blackwell)."
     )
+    fp32_head: bool = Field(
+        default=False, description="Keep and train the LM head in fp32 in a bfloat16 model; the export is bfloat16."
+    )
     vocab_multiple: int = Field(
         default=1, ge=1, description="Vocabulary rows are padded to a multiple of this times parallel.tensor."
     )
@@ -79,6 +82,11 @@ class ModelSection(Section):
         if self.fp8 != "none" and self.dtype != "bfloat16":
             raise ValueError(f"fp8: {self.fp8} needs dtype: bfloat16, got {self.dtype}")
         return self
+
+    @property
+    def precision(self) -> str:
+        """What the weights are computed in: models that differ in it have different log-probs."""
+        return f"{self.dtype}, fp32 head" if self.fp32_head and self.dtype != "float32" else self.dtype
 
 
 class ParallelSection(Section):
@@ -119,6 +127,24 @@ class ParallelSection(Section):
         return self.tensor * self.pipeline * self.context
 
 
+class SpikeSection(Section):
+    """What to do when the gradient norm exceeds `factor` times the median of the last `window` norms."""
+
+    policy: Literal["none", "skip", "raise"] = Field(
+        default="none", description="`skip`: the step changes nothing, its data is not repeated; `raise`: stop."
+    )
+    factor: float = Field(default=10.0, gt=1)
+    window: int = Field(default=128, ge=1, description="Norms of steps that were trained on.")
+    min_history: int = Field(default=16, ge=1, description="Norms to see before the rule applies.")
+    max_in_a_row: int = Field(default=5, ge=1, description="Stop instead of skipping more steps than this in a row.")
+
+    @model_validator(mode="after")
+    def _history_fits(self) -> Self:
+        if self.min_history > self.window:
+            raise ValueError(f"min_history {self.min_history} is more than window {self.window}")
+        return self
+
+
 class OptimizerSection(Section):
     lr: float = Field(gt=0)
     betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="Each at least 0 and below 1.")
@@ -131,6 +157,7 @@ class OptimizerSection(Section):
     gradient_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Of the gradient buffers; bfloat16 needs model.dtype bfloat16."
     )
+    spike: SpikeSection = SpikeSection()
 
 
 class LoopSection(Section):
@@ -139,6 +166,11 @@ class LoopSection(Section):
     pack_rows: int = Field(default=4096, ge=1, description="Most rows of a pack; a pack is one micro-batch.")
     prefix_sharing: bool = True
     recompute: Literal["none", "selective", "full"] = "none"
+    nan_watch: Literal["on_failure", "always"] = Field(
+        default="on_failure",
+        description="Every step is checked for NaN and infinity. The module that made them is found by repeating a bad "
+        "step under watch, or, with `always`, by watching every step.",
+    )
     log_every: int = Field(default=1, ge=1)
     save_every: int | None = Field(default=None, ge=1, description="Steps between checkpoints; empty: only the last.")
     async_save: bool = Field(
@@ -221,6 +253,21 @@ class DataSection(Section):
 class TelemetrySection(Section):
     tensorboard: bool = True
     wandb: bool = False
+    peak_tflops: float | None = Field(
+        default=None,
+        gt=0,
+        description="Of one process, for MFU; empty: from the data sheet of the GPU, measured by a GEMM elsewhere.",
+    )
+    straggler_every: int = Field(default=20, ge=1, description="Steps between reports on the ranks' own times.")
+    straggler_ratio: float = Field(
+        default=1.25, gt=1, description="Warn when the slowest rank takes this many times the median."
+    )
+    profile_steps: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=list, description="Steps (from 1) traced by torch's profiler: {run.dir}/profile/, per rank."
+    )
+    memory_snapshot_steps: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=list, description="Steps (from 1) whose allocations are recorded; CUDA only."
+    )
 
 
 class RolloutSection(Section):

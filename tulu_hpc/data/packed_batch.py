@@ -166,7 +166,7 @@ class PackedBatch:
         )
 
 
-def _shares(item: Item, share: bool) -> bool:
+def shares_prompt(item: Item, share: bool) -> bool:
     """A prompt is a segment of its own when at least two responses read it."""
     return share and item.prompt.numel() > 0 and len(item.responses) > 1
 
@@ -174,7 +174,7 @@ def _shares(item: Item, share: bool) -> bool:
 def rows_of(item: Item, share: bool = True, drop_last: bool = True) -> int:
     """Rows that `item` takes in a pack, padding aside."""
     responses = sum(len(response) for response in item.responses)
-    prompts = item.prompt.numel() * (1 if _shares(item, share) else len(item.responses))
+    prompts = item.prompt.numel() * (1 if shares_prompt(item, share) else len(item.responses))
     return prompts + responses - (len(item.responses) if drop_last else 0)
 
 
@@ -201,7 +201,7 @@ def pack(
     owner: list[int] = []  # per sequence: index of its prompt segment
     dropped = 1 if drop_last else 0
     for item in items:
-        shares, size = _shares(item, share), item.prompt.numel()
+        shares, size = shares_prompt(item, share), item.prompt.numel()
         if shares:
             prompts.append((item.prompt, size, 0, -1))
         for response in item.responses:

@@ -168,6 +168,7 @@ def build_model(
     device: torch.device | str | None = None,
     deterministic: bool = False,
     transformer_engine: TransformerEngineOptions | None = None,
+    fp32_head: bool = False,
 ) -> list[Llama]:
     """The model chunks of this rank, one per virtual pipeline stage, weights NOT initialised (`convert.load_hf`).
 
@@ -181,6 +182,7 @@ def build_model(
         device: None: this process's device; "meta": shapes only.
         deterministic: only deterministic kernels inside megatron.
         transformer_engine: use its linear layers and norms, in this way; None: megatron's and ours.
+        fp32_head: hold the LM head in fp32 (and compute log-probs and logits with it) whatever `dtype` is.
 
     Raises:
         LayoutError: the model cannot be split this way.
@@ -235,6 +237,8 @@ def build_model(
             )
         _mark_split_weights(chunk, split)
         chunk.finish(architecture, logprob_buffer_bytes)
+        if fp32_head:
+            chunk.keep_head_in_fp32()
         chunks.append(chunk)
     return chunks
 

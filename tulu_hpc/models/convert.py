@@ -172,14 +172,14 @@ def save_hf(
 
     Args:
         source: directory whose tokenizer, chat template and generation settings are copied.
-        dtype: of the written weights; None: that of the parameters.
+        dtype: of the written weights; None: that of the model.
         max_shard_bytes: largest file, unless one tensor is larger.
         chat_template: Jinja text that takes the place of the source's; None: that of the source.
 
     Raises:
         RuntimeError: on every rank, when rank 0 could not write.
     """
-    dtype = dtype or next(unwrap(chunks[0]).parameters()).dtype
+    dtype = dtype or unwrap(chunks[0]).config.params_dtype
     stream = iter_hf_tensors(chunks, architecture, groups)
     failure = None
     if groups.is_main:

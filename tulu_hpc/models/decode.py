@@ -60,7 +60,7 @@ class Decoder:
             max_length=max_length,
             kv_heads=self.kv_heads,
             head_dim=architecture.head_dim,
-            dtype=parameter.dtype,
+            dtype=config.params_dtype,
             device=self.device,
         )
 

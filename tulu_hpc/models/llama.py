@@ -77,6 +77,16 @@ class Llama(GPTModel):
             weight.shared = True  # counted once in the gradient norm
             weight.shared_embedding = True
 
+    def keep_head_in_fp32(self) -> None:
+        """Hold the head's weight in fp32 whatever the dtype of the rest; with tied embeddings that is the embedding's
+        weight too. Called by `build_model` before anything refers to the parameters."""
+        weights = [getattr(getattr(self, "output_layer", None), "weight", None)]
+        if self._is_tied() and self.pre_process:
+            weights.append(self.embedding.word_embeddings.weight)
+        for weight in weights:
+            if weight is not None:  # other stages have no head, that of a tied model on one stage has no weight
+                weight.data = weight.data.float()
+
     def local_vocab(self) -> tuple[Tensor, int]:
         """This rank's rows of the head without vocabulary padding ([<= Vl, H]) and the first one's token id."""
         weight = self.shared_embedding_or_output_weight() if self._is_tied() else self.output_layer.weight
@@ -89,6 +99,8 @@ class Llama(GPTModel):
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         decoder_input, _no_rope, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        if decoder_input is not None:
+            decoder_input = decoder_input.to(self.config.params_dtype)  # of an embedding tied to an fp32 head
         if self._inverse_frequency.device != position_ids.device:
             self._inverse_frequency = self._inverse_frequency.to(position_ids.device)
         cos_sin = angles(position_ids[0], self._inverse_frequency, self.config.params_dtype)
@@ -119,7 +131,7 @@ class Llama(GPTModel):
             raise ValueError("Llama returns log-probs of targets: give labels (target_K)")
         weight, start = self.local_vocab()
         out = linear_logprob(
-            hidden_TH,
+            hidden_TH.to(weight.dtype),  # an fp32 head in a bf16 model
             weight,
             labels,
             row_K=packed_seq_params.row_K,
@@ -148,6 +160,7 @@ class Llama(GPTModel):
 
 def _linear_fp32(hidden_BH: Tensor, weight_VlH: Tensor) -> Tensor:
     """[B, Vl] fp32 logits, not rounded to bf16 on the way: the trainer's are not either (`linear_logprob`)."""
+    hidden_BH = hidden_BH.to(weight_VlH.dtype)
     if hidden_BH.dtype == torch.float32:
         return F.linear(hidden_BH, weight_VlH)
     if hidden_BH.is_cuda:

@@ -40,6 +40,7 @@ class Workload:
         fused_norm: the norm saves its input only (CUDA), not also the normalised rows (CPU).
         resident_copies: further copies of the weights (a reference policy).
         cache_tokens: tokens of the rollout engine's key/value cache on one replica.
+        fp32_head: the head (tied: the embedding too) is fp32: 4 + 4 + 8/d bytes per parameter.
     """
 
     architecture: Architecture
@@ -57,6 +58,7 @@ class Workload:
     fused_norm: bool = True
     resident_copies: int = 0
     cache_tokens: int = 0
+    fp32_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,19 @@ def checkpoint_host_bytes(work: Workload, stage: int) -> int:
     return stage_parameters(work, stage) * (work.dtype_bytes + (12 if masters else 8))
 
 
+def _fp32_parameters(work: Workload, stage: int) -> int:
+    """Parameters that `fp32_head` holds in fp32 on a stage of a model that is not."""
+    architecture, layout = work.architecture, work.layout
+    holds = stage == layout.pipeline - 1 or (architecture.tie_word_embeddings and stage == 0)
+    if not work.fp32_head or not holds:
+        return 0
+    return (
+        padded_vocab(architecture.vocab_size, layout.tensor, work.vocab_multiple)
+        // layout.tensor
+        * (architecture.hidden_size)
+    )
+
+
 def _q(architecture: Architecture) -> int:
     return architecture.num_attention_heads * architecture.head_dim
 
@@ -147,6 +162,8 @@ def _stage(work: Workload, stage: int) -> StageMemory:
     count = stage_parameters(work, stage)
     shards = work.data * layout.context if work.distributed_optimizer else 1
     state_bytes = 12 if work.dtype_bytes == 2 else 8
+    gradient_bytes = 4 if work.dtype_bytes == 4 else work.gradient_bytes
+    head = _fp32_parameters(work, stage)
     in_flight = micro_batches_in_flight(layout, stage, work.micro_batches)
     activations, logits = _activations(work, stage, layers, in_flight)
     cache_row = 2 * sum(layers) * (_kv(work.architecture) // layout.tensor) * work.dtype_bytes
@@ -154,10 +171,10 @@ def _stage(work: Workload, stage: int) -> StageMemory:
         stage=stage,
         layers=tuple(layers),
         parameters=count,
-        weights=count * work.dtype_bytes,
-        gradients=count * (4 if work.dtype_bytes == 4 else work.gradient_bytes),
-        optimizer=-(-count * state_bytes // shards),
-        reference=count * work.dtype_bytes * work.resident_copies,
+        weights=(count - head) * work.dtype_bytes + head * 4,
+        gradients=(count - head) * gradient_bytes + head * 4,
+        optimizer=-(-((count - head) * state_bytes + head * 8) // shards),
+        reference=((count - head) * work.dtype_bytes + head * 4) * work.resident_copies,
         activations=activations,
         logits=logits,
         cache=work.cache_tokens * cache_row,
@@ -212,14 +229,16 @@ def _activations(work: Workload, stage: int, layers: list[int], in_flight: float
     scored = int(rows * work.scored)
     vocab = padded_vocab(architecture.vocab_size, tensor, work.vocab_multiple) // tensor
     norm = (2 if work.fused_norm else 3) * rows * hidden / residual * size
+    head_size = 4 if work.fp32_head else size
+    wide_rows = 4 * rows * hidden / residual if work.fp32_head and size < 4 else 0.0  # an fp32 copy for an fp32 head
     # Sequence parallelism gathers the scored rows, and scatters their gradient.
-    gathered = 2 * scored * hidden * size if layout.sequence_parallel else 0
-    head = norm + rows * hidden / residual * size + gathered + vocab * hidden * size
+    gathered = 2 * scored * hidden * head_size if layout.sequence_parallel else 0
+    head = norm + rows * hidden / residual * size + wide_rows + gathered + vocab * hidden * head_size
     logits = extra_bytes(
         scored,
         hidden,
         vocab,
-        size,
+        head_size,
         work.logprob_buffer_bytes,
         cuda=work.fused_norm,
         total_rows=None if layout.sequence_parallel else rows,

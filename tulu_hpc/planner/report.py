@@ -47,6 +47,7 @@ def workload(config: TrainingConfig, gpus: int | None = None) -> Workload:
         logprob_buffer_bytes=config.model.logprob_buffer_mib * 2**20,
         resident_copies=copies,
         cache_tokens=cache,
+        fp32_head=config.model.fp32_head,
     )
 
 

@@ -53,12 +53,13 @@ def run(config: DpoConfig) -> Path:
 def add_reference(run: Run, config: DpoConfig, trainer: Trainer, items: list[Item], pad_id: int) -> list[Item]:
     """The pairs with the log-probs of the model as it was loaded."""
     directory = Path(config.dpo.reference_cache or run.directory.root / "reference")
+    model = config.model
     with run.progress("reference log-probs", len(items)) as progress:
         return reference.attach_reference(
             items,
             trainer.runner,
             directory=directory,
-            fingerprint=reference.weights_fingerprint(Path(config.model.path), run.groups, dtype=config.model.dtype),
+            fingerprint=reference.weights_fingerprint(Path(model.path), run.groups, dtype=model.precision),
             options=reference.PackOptions(config.train.pack_rows, config.train.prefix_sharing, pad_id),
             tolerance=TOLERANCE[config.model.dtype],
             seed=config.run.seed,

@@ -94,7 +94,7 @@ def open_model(run: RunSection, model: ModelSection, parallel: ParallelSection) 
     architecture = read_architecture(based)
     chunks = load_model(based, groups, architecture, load_weights=source.checkpoint is None)
     if source.checkpoint is None:
-        fingerprint = reference.weights_fingerprint(source.base, groups, dtype=model.dtype)
+        fingerprint = reference.weights_fingerprint(source.base, groups, dtype=model.precision)
     else:
         problem = checkpoint.verify(source.checkpoint, groups)
         if problem is not None:

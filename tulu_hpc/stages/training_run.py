@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,15 @@ from tulu_hpc.data.sample_log import SampleLog
 from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.models.convert import save_hf
 from tulu_hpc.models.transformer_engine import check_layers
+from tulu_hpc.parallel.communication import timed_collectives
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
+from tulu_hpc.stages.throughput import STRAGGLERS, Throughput, total_peak
 from tulu_hpc.stages.training_data import read_items, write_preview
-from tulu_hpc.telemetry.metrics import MetricLogger
+from tulu_hpc.telemetry.metrics import MetricLogger, truncate_after
+from tulu_hpc.telemetry.profiling import StepProfiler
 from tulu_hpc.telemetry.progress import Progress
 from tulu_hpc.training import checkpoint, determinism
+from tulu_hpc.training.non_finite import NonFiniteWatch
 from tulu_hpc.training.preemption import StopRequest
 from tulu_hpc.training.retention import Retention
 from tulu_hpc.training.runner import LossFn, row_multiple
@@ -155,7 +158,7 @@ def make_loader(run: Run, items: list[Item], *, pad_id: int) -> ItemLoader:
 def make_trainer(run: Run, *, total_steps: int, load_weights: bool = True) -> Trainer:
     """The model of the configuration, ready to train."""
     config = run.config
-    return build_trainer(
+    trainer = build_trainer(
         model=config.model,
         parallel=config.parallel,
         optimizer=config.optimizer,
@@ -165,6 +168,8 @@ def make_trainer(run: Run, *, total_steps: int, load_weights: bool = True) -> Tr
         architecture=run.architecture,
         load_weights=load_weights,
     )
+    trainer.watch = NonFiniteWatch(config.train.nan_watch, run.directory.root)
+    return trainer
 
 
 def resume(run: Run, trainer: Trainer, loader: ItemLoader) -> None:
@@ -201,18 +206,29 @@ def fit(run: Run, trainer: Trainer, loader: ItemLoader, make_loss: Callable[[Ste
     interval = 0.0 if total <= 20 else None
     progress = Progress(run.verb, total, start=trainer.step, enabled=main, interval=interval)
     stop = StopRequest(run.directory.stop_requested, run.directory.preempted, is_main=main)
+    profiler = StepProfiler(
+        run.directory.root,
+        run.groups.rank,
+        profile_steps=telemetry.profile_steps,
+        memory_snapshot_steps=telemetry.memory_snapshot_steps,
+    )
+    clock = trainer.clock
+    throughput = _throughput(run, trainer)
     saver = make_saver(run, trainer)
-    with logger, progress, stop, saver, open_sample_log(run, loader, trainer.step) as samples:
+    samples = open_sample_log(run, loader, trainer.step)
+    with logger, progress, stop, saver, timed_collectives(clock), samples:
         while trainer.step < total:
-            started = time.perf_counter()
-            data = loader.next_step()
-            loss = make_loss(data)
-            loaded = time.perf_counter()
-            result = train_step(trainer, data.packs, loss, stop_requested=stop.pending())
+            with profiler.step(trainer.step + 1):
+                clock.start()
+                with clock.phase("data"):
+                    data = loader.next_step()
+                    loss = make_loss(data)
+                result = train_step(trainer, data.packs, loss, stop_requested=stop.pending())
+                marks = clock.stop()
             samples.write(result.step, [i for pack in data.packs for i in pack.item_ids], batch=data.num_items_global)
-            if main and (result.step % train.log_every == 0 or result.step == total):
-                elapsed = time.perf_counter() - started
-                logger.log(result.step, _metrics(result, elapsed, loaded - started, run.groups.world_size))
+            throughput.add(result, marks)
+            if result.step % train.log_every == 0 or result.step == total:
+                logger.log(result.step, {**_metrics(result), **throughput.metrics()})
             progress.update(result.step, tokens=result.rows, loss=f"{result.loss:.7f}", lr=result.lr)
             saver.observe(_named(result))
             saver.poll()
@@ -246,6 +262,24 @@ def make_saver(run: Run, trainer: Trainer) -> Saver:
         background=train.async_save,
         on_error=train.on_save_error,
         saved_step=trainer.step or None,
+    )
+
+
+def _throughput(run: Run, trainer: Trainer) -> Throughput:
+    """Accounting of this run from the trainer's step on."""
+    telemetry = run.config.telemetry
+    peak, sentence = total_peak(run.groups, DTYPES[run.config.model.dtype], telemetry.peak_tflops)
+    run.say(sentence)
+    if run.groups.is_main:
+        truncate_after(run.directory.root / STRAGGLERS, trainer.step)
+    return Throughput(
+        groups=run.groups,
+        architecture=run.architecture,
+        recompute=run.config.train.recompute,
+        telemetry=telemetry,
+        directory=run.directory.root,
+        clock=trainer.clock,
+        peak_flops=peak,
     )
 
 
@@ -289,12 +323,10 @@ def _named(result: StepResult) -> dict[str, float]:
     return {**named, "train/grad_norm": result.grad_norm}
 
 
-def _metrics(result: StepResult, elapsed: float, data_seconds: float, world_size: int) -> dict[str, float]:
+def _metrics(result: StepResult) -> dict[str, float]:
     return {
         **_named(result),
         "train/lr": result.lr,
         "train/tokens": result.targets,
-        "perf/tokens_per_second_per_gpu": result.rows / elapsed / world_size,
-        "timing/step": elapsed,
-        "timing/data": data_seconds,
+        "train/skipped_steps": result.skipped_steps,
     }

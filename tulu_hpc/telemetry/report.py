@@ -19,6 +19,7 @@ from tulu_hpc.telemetry.plots import Bar, Series, bar_plot, line_plot
 from tulu_hpc.telemetry.progress import duration
 from tulu_hpc.telemetry.report_data import data_sections
 from tulu_hpc.telemetry.results import Interval, TaskScores, load_evaluation
+from tulu_hpc.telemetry.step_clock import PHASES
 from tulu_hpc.telemetry.working import working_section
 
 _SAMPLES_PER_TASK = 3
@@ -40,6 +41,9 @@ _PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("Gradient norm", ("train/grad_norm",), True),
     ("Learning rate", ("train/lr",), False),
     ("Tokens per second and process", ("perf/tokens_per_second_per_gpu",), False),
+    ("Share of peak FLOP/s", ("perf/mfu",), False),
+    ("Seconds of a step", tuple(f"timing/{phase}" for phase in PHASES), False),
+    ("Peak memory, GiB", ("memory/peak_*",), False),
 )
 
 

@@ -99,9 +99,11 @@ def load(trainer: Trainer, path: Path) -> tuple[int, dict[str, Any]]:
         determinism.set_rng_state(loaded["rng"])
     else:
         determinism.seed_all(state["generators"])
-    if optimizer_step(trainer.optimizer) != state["step"]:
+    trainer.load_state_dict(state["trainer"])
+    if optimizer_step(trainer.optimizer) + trainer.spikes.skipped != state["step"]:
         raise CheckpointError(
-            f"{path}: the optimizer is at step {optimizer_step(trainer.optimizer)}, the run at {state['step']}"
+            f"{path}: the optimizer is at step {optimizer_step(trainer.optimizer)}, the run at {state['step']} with "
+            f"{trainer.spikes.skipped} steps left out"
         )
     trainer.step = state["step"]
     return trainer.step, state["extra"]

@@ -3,7 +3,7 @@
 megatron-core 0.16.1 is written for the fused Adam of Transformer Engine or Apex, which keeps `step` in the parameter
 group. Here torch's AdamW is used everywhere, also where those packages are installed, so that a checkpoint means the
 same on every machine. With it `step` is a tensor per parameter, and four things in `DistributedOptimizer` go wrong
-around checkpoints (the fifth is wrong with any Adam):
+around checkpoints (the fifth and sixth are wrong with any Adam):
 
 1. `state_dict` asserts that exactly one `step` exists, which fails while the state is empty (a fresh optimizer that is
    about to load): `create_state` makes the state at construction.
@@ -16,24 +16,30 @@ around checkpoints (the fifth is wrong with any Adam):
    the buckets without their padding. With several buckets (tied embeddings over pipeline stages, or overlapped gradient
    reduction of a large model) everything after the first padded one is saved shifted, with a warning at most:
    `_sharded_state` gives it the places without padding.
+6. `model_param_group_index_map` numbers a group's parameters as they lie in the buffers, but the group lists fp32 ones
+   before the others: with an fp32 head in a bf16 model every look-up is wrong. `number_by_dtype` corrects it.
 
 `Float16OptimizerWithFloat16Params` and `FP32Optimizer` share 1 (their state has no `step` before the first step).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer import distrib_optimizer as megatron_distributed
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from tulu_hpc.config.sections import OptimizerSection
+from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.layout import Groups
 
 MEGATRON_SHARDED_STATE = megatron_distributed.DistributedOptimizer.sharded_param_state_fully_reshardable
@@ -74,13 +80,48 @@ def build_optimizer(
     for inner in torch_optimizers(optimizer):
         for group in inner.param_groups:
             group["fused"], group["foreach"] = True, False  # one kernel per step on CPU and CUDA alike
+    number_by_dtype(optimizer)
     create_state(optimizer)
     return optimizer
+
+
+def number_by_dtype(optimizer: ChainedOptimizer) -> None:
+    """Number the parameters of a group as the group lists them: fp32, then the others (defect 6)."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, megatron_distributed.DistributedOptimizer):
+            for index, (fp32, others) in enumerate(zip(part.model_fp32_groups, part.model_float16_groups, strict=True)):
+                for order, parameter in enumerate([*fp32, *others]):
+                    part.model_param_group_index_map[parameter] = (index, order)
 
 
 def torch_optimizers(optimizer: ChainedOptimizer) -> list[torch.optim.Optimizer]:
     """The torch optimizers below megatron's."""
     return [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: ChainedOptimizer, groups: Groups) -> float:
+    """Global norm of the reduced gradients, the first half of megatron's `step`; bitwise equal on all ranks."""
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if groups.world_size == 1:
+        return norm
+    # Replicas compute it each for themselves, and what is decided by it must be decided alike. max() may drop a NaN.
+    value = torch.tensor([norm, float(not math.isfinite(norm))], dtype=torch.float64, device=default_device())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    largest, bad = value.tolist()
+    return math.nan if bad and math.isfinite(largest) else largest
+
+
+@torch.no_grad()
+def update_parameters(optimizer: ChainedOptimizer, grad_norm: float) -> None:
+    """Clip by `grad_norm` and update, the second half of megatron's `step`."""
+    for part in optimizer.chained_optimizers:
+        if getattr(part, "is_stub_optimizer", False) or not part.config.clip_grad > 0:
+            continue
+        if parameters := part.get_parameters():
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
 
 
 def _parameters(inner: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -191,6 +191,7 @@ class Saver:
             "layout": checkpoint.layout_keys(groups),
             "generators": determinism.fingerprint(),
             "score": score,
+            "trainer": self._trainer.state_dict(),
             "extra": extra,
         }
 

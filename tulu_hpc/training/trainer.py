@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.utils import get_model_config
 from torch import nn
 
 from tulu_hpc.config.architecture import Architecture
@@ -19,9 +20,13 @@ from tulu_hpc.models.convert import load_hf
 from tulu_hpc.models.transformer_engine import TransformerEngineOptions
 from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.layout import Groups
+from tulu_hpc.telemetry.step_clock import StepClock, device_clock
+from tulu_hpc.training.non_finite import NonFiniteWatch
 from tulu_hpc.training.optimizer import build_optimizer
 from tulu_hpc.training.runner import Runner
 from tulu_hpc.training.schedule import Schedule
+from tulu_hpc.training.spike import SpikeGuard
+from tulu_hpc.training.timing import watch_schedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -32,6 +37,8 @@ class Trainer:
 
     Attributes:
         chunks: megatron DDP modules, one per virtual pipeline chunk of this rank; `models` are the modules inside.
+        spikes: judges each step's gradient norm. watch: how a step that is not finite is traced.
+        clock: told what a step does, if somebody starts it.
         metric_names: agreed on by all ranks at the first step (only the last pipeline stage computes metrics).
     """
 
@@ -41,12 +48,26 @@ class Trainer:
     schedule: Schedule
     groups: Groups
     architecture: Architecture
+    spikes: SpikeGuard
+    watch: NonFiniteWatch = field(default_factory=NonFiniteWatch)
+    clock: StepClock = field(default_factory=device_clock)
     step: int = 0
     metric_names: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        watch_schedule(get_model_config(self.chunks[0]), self.clock)
 
     @property
     def models(self) -> list[Any]:
         return [chunk.module for chunk in self.chunks]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values beside parameters and optimizer that the next steps depend on; equal on all ranks."""
+        return {"spikes": self.spikes.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self.spikes.load_state_dict(state["spikes"])
 
     def zero_grad(self) -> None:
         for chunk in self.chunks:
@@ -82,7 +103,7 @@ def build_trainer(
 
     Raises:
         ValueError: gradients of lower precision than the model's, or parameters gathered late where two pipeline stages
-            share the embedding; megatron has neither.
+            share the embedding, or an fp32 head without the distributed optimizer; megatron has none of these.
     """
     if optimizer.gradient_dtype == "bfloat16" and model.dtype != "bfloat16":
         raise ValueError(f"optimizer.gradient_dtype is bfloat16 but model.dtype is {model.dtype}")
@@ -96,6 +117,9 @@ def build_trainer(
             f"parallel.overlap_param_gather does not work with tied embeddings on parallel.pipeline = "
             f"{parallel.pipeline} stages: set it to false, or parallel.virtual_pipeline to 2 or more"
         )
+    if model.precision != model.dtype and not parallel.distributed_optimizer:
+        # megatron's other optimizer for bf16 writes no checkpoint of a model with fp32 parameters in it.
+        raise ValueError("model.fp32_head in a bfloat16 model needs parallel.distributed_optimizer")
     chunks = load_model(model, groups, architecture, recompute=recompute, load_weights=load_weights)
     wrapped = wrap_data_parallel(chunks, parallel, optimizer, groups)
     schedule = Schedule(
@@ -116,6 +140,7 @@ def build_trainer(
         schedule=schedule,
         groups=groups,
         architecture=architecture,
+        spikes=SpikeGuard(optimizer.spike),
     )
 
 
@@ -135,6 +160,7 @@ def load_model(
         recompute=recompute,
         vocab_multiple=model.vocab_multiple,
         logprob_buffer_bytes=model.logprob_buffer_mib * 2**20,
+        fp32_head=model.fp32_head,
         # The embedding's gradient: torch does not refuse F.embedding on CUDA, but its sums have no fixed order.
         deterministic=default_device().type == "cuda" and torch.are_deterministic_algorithms_enabled(),
         transformer_engine=_transformer_engine(model, groups),
