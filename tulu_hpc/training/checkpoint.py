@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -227,15 +227,6 @@ def _remove_leftovers(directory: Path) -> None:
     if directory.is_dir():
         for path in directory.glob("step_*.tmp"):
             shutil.rmtree(path)
-
-
-def load_weights(models: Sequence[Any], path: Path) -> None:
-    """Load only the model from a checkpoint, written by any layout; collective, not verified."""
-    metadata = {"singleton_local_shards": False}
-    request = {f"model{i}": model.sharded_state_dict(metadata=metadata) for i, model in enumerate(models)}
-    loaded = dist_checkpointing.load(request, str(path))
-    for index, model in enumerate(models):
-        model.load_state_dict(loaded[f"model{index}"])
 
 
 def fingerprint(path: Path) -> str:

@@ -15,12 +15,12 @@ from torch import nn
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.sections import ModelSection, OptimizerSection, ParallelSection
 from tulu_hpc.models.build import build_model
-from tulu_hpc.models.convert import load_hf
 from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.training.optimizer import build_optimizer
 from tulu_hpc.training.runner import Runner
 from tulu_hpc.training.schedule import Schedule
+from tulu_hpc.training.weights import load_pretrained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -138,7 +138,7 @@ def load_model(
         deterministic=default_device().type == "cuda" and torch.are_deterministic_algorithms_enabled(),
     )
     if load_weights:
-        load_hf(chunks, Path(model.path), architecture, groups)
+        load_pretrained(chunks, Path(model.path), architecture, groups)
     return chunks
 
 
