@@ -278,7 +278,7 @@ def _finish(
         "tensors": {name: tensors[name] for name in hf_shapes(model.architecture)},
         "files": {name: note["file"] for name, note in zip(names, notes, strict=True)},
     }
-    written = set(names)
+    written = {*names, RECORD}  # the record itself may be there, from a start that was killed after writing it
     for file in sorted(staging.iterdir()):
         if file.is_file() and file.name not in written:
             record["files"][file.name] = checksum(file)

@@ -137,7 +137,8 @@ def _collect(
             dist.recv(shard, dist.get_global_rank(pipeline, stage), group=pipeline)
     if groups.pp_rank != 0 or shards is None:
         return None
-    return [tensor.cpu() for tensor in merge_shards(mapped, shards, architecture)]
+    # Merged on the host: the device holds the shards of one parameter, once.
+    return merge_shards(mapped, [shard.cpu() for shard in shards], architecture)
 
 
 def save_hf(
@@ -153,8 +154,9 @@ def save_hf(
 ) -> None:
     """Write the model as a Hugging Face directory that transformers and inference engines load.
 
-    Collective over the whole job; global rank 0 writes. The directory appears, or replaces an older one, only when it
-    is complete.
+    Collective over the whole job; global rank 0 writes. One parameter at a time is gathered and written: beside the
+    model rank 0 holds at most three times the largest parameter, and no other rank more than once. The directory
+    appears, or replaces an older one, only when it is complete.
 
     Args:
         source: directory whose tokenizer, chat template and generation settings are copied.
