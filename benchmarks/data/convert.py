@@ -1,7 +1,7 @@
 """`tulu-hpc convert` beside `cp` on the same files: speed, and the anonymous memory of all its threads together.
 
     python benchmarks/data/convert.py                       # a 9.1 GB Llama in bf16; needs 28 GB below --folder
-    python benchmarks/data/convert.py --layers 1 --vocab 4000   # seconds: checks the machinery, not the speed
+    python benchmarks/data/convert.py --layers 1 --hidden 512   # seconds: checks the machinery, not the speed
 
 For each verb: `cp` of the source directory, then the verb, `--repeats` times in turn. Before each the files it reads
 are dropped from the page cache (`--cache cold`) or read once (`warm`). Seconds of a verb are its own report, with its
@@ -40,12 +40,12 @@ SAMPLE_SECONDS = 0.01
 GOAL_RATIO, GOAL_ANONYMOUS_GB = 0.5, 1.5
 
 
-def write_random_llama(path: Path, layers: int, vocab: int) -> None:
+def write_random_llama(path: Path, layers: int, vocab: int, hidden: int = 4096) -> None:
     """Llama-3.1-8B's shapes with fewer layers; random bf16 numbers of size 2^-7 to 2, block by block."""
     architecture = Architecture(
         vocab_size=vocab,
-        hidden_size=4096,
-        intermediate_size=14336,
+        hidden_size=hidden,
+        intermediate_size=hidden * 7 // 2,
         num_hidden_layers=layers,
         num_attention_heads=32,
         num_key_value_heads=8,
@@ -160,7 +160,7 @@ def convert(arguments: list[str], reads: list[Path], cache: str) -> dict[str, fl
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     source, imported, exported = folder / "hf", folder / "checkpoint", folder / "back"
-    write_random_llama(source, options.layers, options.vocab)
+    write_random_llama(source, options.layers, options.vocab, options.hidden)
     size = size_of(source)
     common = ["--workers", str(options.workers)]
     verbs: dict[str, tuple[list[str], list[Path], Path | None]] = {
@@ -211,6 +211,7 @@ def row(verb: str, found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)

@@ -42,13 +42,18 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[tiny.ARCHITECTURE, tiny.TIED], ids=["untied", "tied"])
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A Hugging Face directory and what was imported of it."""
-    folder = tmp_path_factory.mktemp("model")
-    path = tiny.write_model(folder / "hf", request.param)
-    import_hf(path, folder / "checkpoint", max_shard_bytes=20_000)
-    return path, folder / "checkpoint"
+Both = Callable[[str], tuple[Path, Path]]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
+    """By kind of embedding, a Hugging Face directory and what was imported of it."""
+    made = {}
+    for kind, architecture in (("untied", tiny.ARCHITECTURE), ("tied", tiny.TIED)):
+        folder = tmp_path_factory.mktemp(kind)
+        made[kind] = (tiny.write_model(folder / "hf", architecture), folder / "checkpoint")
+        import_hf(*made[kind], max_shard_bytes=20_000)
+    return made.__getitem__
 
 
 def train(model: Path, parallel: ParallelSection, dtype: str) -> dict[str, Any]:
@@ -62,14 +67,21 @@ def train(model: Path, parallel: ParallelSection, dtype: str) -> dict[str, Any]:
     return {"loaded": loaded, "loss": result.loss, "norm": result.grad_norm, "weights": tiny.weights(trainer)}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_training_from_an_imported_checkpoint(both: tuple[Path, Path], name: str, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name", "dtype"),
+    [
+        *(("untied", name, "float32") for name in LAYOUTS),
+        ("untied", "tp2 pp2", "bfloat16"),
+        ("tied", "tp2 pp2", "bfloat16"),
+        ("tied", "pp2 vpp2", "float32"),
+    ],
+)
+def test_training_from_an_imported_checkpoint(both: Both, kind: str, name: str, dtype: str) -> None:
     world, options = LAYOUTS[name]
 
     def compared() -> None:
         parallel = ParallelSection(**options)
-        theirs, ours = (train(path, parallel, dtype) for path in both)
+        theirs, ours = (train(path, parallel, dtype) for path in both(kind))
         assert all(torch.equal(a, b) for a, b in zip(theirs["loaded"], ours["loaded"], strict=True))
         assert (theirs["loss"], theirs["norm"]) == (ours["loss"], ours["norm"])
         assert all(torch.equal(theirs["weights"][k], ours["weights"][k]) for k in theirs["weights"])
@@ -78,8 +90,8 @@ def test_training_from_an_imported_checkpoint(both: tuple[Path, Path], name: str
 
 
 @pytest.mark.parametrize("damage", ["flip", "missing"])
-def test_a_damaged_import_is_refused_on_every_rank(both: tuple[Path, Path], damage: str, tmp_path: Path) -> None:
-    bad = shutil.copytree(both[1], tmp_path / "bad")
+def test_a_damaged_import_is_refused_on_every_rank(both: Both, damage: str, tmp_path: Path) -> None:
+    bad = shutil.copytree(both("untied")[1], tmp_path / "bad")
     file = bad / "__1_0.distcp"
     if damage == "flip":
         content = bytearray(file.read_bytes())
@@ -97,31 +109,34 @@ def test_a_damaged_import_is_refused_on_every_rank(both: tuple[Path, Path], dama
     assert str(error.value).count("bad: damaged: __1_0.distcp: ") == 2
 
 
-@pytest.mark.parametrize("name", ["one process", "pp2 vpp2", "tp2 pp2"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "name", "dtype"),
+    [("untied", "tp2 pp2", "float32"), ("untied", "pp2 vpp2", "bfloat16"), ("tied", "tp2 pp2", "bfloat16")],
+)
 def test_export_of_a_checkpoint_is_what_the_run_exports(
-    both: tuple[Path, Path], name: str, dtype: str, tmp_path: Path
+    both: Both, kind: str, name: str, dtype: str, tmp_path: Path
 ) -> None:
     world, options = LAYOUTS[name]
+    model, _ = both(kind)
 
     def save() -> None:
         parallel = ParallelSection(**options)
         groups = initialize(layout_of(parallel), seed=1)
-        trainer = tiny.make_trainer(both[0], groups, parallel, dtype=dtype)
+        trainer = tiny.make_trainer(model, groups, parallel, dtype=dtype)
         items = tiny.make_items("spgs")
         data = tiny.global_batch(items, groups, parallel, pack_rows=64)
         train_step(trainer, data.packs, tiny.mixed_loss(groups, items))
         checkpoint.save(trainer, tmp_path / "checkpoints", {})
-        save_hf(trainer.models, tmp_path / "hf", trainer.architecture, groups, source=both[0])
+        save_hf(trainer.models, tmp_path / "hf", trainer.architecture, groups, source=model)
 
     run_forked(world, save)
     step = tmp_path / "checkpoints" / "step_1"
-    export_hf(step, tmp_path / "exported", base=both[0], max_shard_bytes=20_000, workers=2)
+    export_hf(step, tmp_path / "exported", base=model, max_shard_bytes=20_000, workers=2)
     theirs, ours = tensors(tmp_path / "hf"), tensors(tmp_path / "exported")
     assert theirs.keys() == ours.keys()
     assert all(theirs[k].dtype == ours[k].dtype and torch.equal(theirs[k], ours[k]) for k in theirs)
-    assert compare(open_model(step, both[0]), open_model(tmp_path / "hf")) == []
-    changed = compare(open_model(step, both[0]), open_model(both[0]), dtype=getattr(torch, dtype))
+    assert compare(open_model(step, model), open_model(tmp_path / "hf")) == []
+    changed = compare(open_model(step, model), open_model(model), dtype=getattr(torch, dtype))
     assert len(changed) > len(theirs) // 2 and changed[0].name == "model.embed_tokens.weight"
 
 
