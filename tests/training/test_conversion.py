@@ -312,10 +312,11 @@ def test_export_during_training_holds_one_parameter(options: dict[str, int], tmp
         return held.peak
 
     peaks = run_forked(4, export)
-    assert 0.9 * LARGEST < peaks[0] <= 3.1 * LARGEST, peaks
-    assert all(peak <= 1.1 * LARGEST for peak in peaks[1:]), peaks
+    # A collective may keep what it sent until its thread has noticed the end: one parameter more.
+    assert 0.9 * LARGEST < peaks[0] <= 4.1 * LARGEST, peaks
+    assert all(peak <= 2.1 * LARGEST for peak in peaks[1:]), peaks
     whole = DEEP.parameter_count() * 4
-    assert whole / 6 > 3.1 * LARGEST  # so that holding a shard of the model would be seen
+    assert whole / 6 > 4.1 * LARGEST  # so that holding a shard of the model would be seen
     theirs, ours = tensors(tmp_path / "model"), tensors(tmp_path / "out")
     assert all(torch.equal(theirs[name].bfloat16(), ours[name]) for name in theirs)
 

@@ -155,8 +155,8 @@ def save_hf(
     """Write the model as a Hugging Face directory that transformers and inference engines load.
 
     Collective over the whole job; global rank 0 writes. One parameter at a time is gathered and written: beside the
-    model rank 0 holds at most three times the largest parameter, and no other rank more than once. The directory
-    appears, or replaces an older one, only when it is complete.
+    model rank 0 holds at most four times the largest parameter, any other rank twice. The directory appears, or
+    replaces an older one, only when it is complete.
 
     Args:
         source: directory whose tokenizer, chat template and generation settings are copied.

@@ -84,7 +84,7 @@ def verify_models(left: Path, right: Path, *, dtype: Dtype | None, workers: int)
             f"the first: {differing[0].name}: {differing[0].what}"
         )
     size = sum(tensor.nbytes for model in (a, b) for tensor in model.tensors.values())
-    print(f"the same: {len(a.tensors)} tensors, {size / 1e9:.2f} GB read in {time.perf_counter() - started:.1f} s")
+    print(f"the same: {len(a.tensors)} tensors, {size / 1e9:.2f} GB read in {time.perf_counter() - started:.3f} s")
 
 
 def _open(path: Path) -> Model:
@@ -127,4 +127,4 @@ def _shown(title: str) -> Callable[[int, bool], None]:
 
 def _say_written(tensors: dict[str, object], target: Path, seconds: float) -> None:
     size = sum(file.stat().st_size for file in target.iterdir())
-    print(f"{target}: {len(tensors)} tensors, {size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s)")
+    print(f"{target}: {len(tensors)} tensors, {size / 1e9:.2f} GB in {seconds:.3f} s ({size / 1e9 / seconds:.2f} GB/s)")
