@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.models.test_convert import tensors
-from tests.parallel.forked import WorkerError, run_forked
+from tests.parallel.forked import WorkerError, run_forked, single_process
 from tests.training import tiny, tiny_run
 from tulu_hpc.cli.main import main
 from tulu_hpc.config.architecture import Architecture
@@ -31,6 +31,7 @@ from tulu_hpc.models.initialise import random_hf_model
 from tulu_hpc.models.model_files import open_model, verify_files
 from tulu_hpc.parallel.layout import initialize, layout_of
 from tulu_hpc.training import checkpoint
+from tulu_hpc.training.reference import weights_fingerprint
 from tulu_hpc.training.step import train_step
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -87,6 +88,24 @@ def test_training_from_an_imported_checkpoint(both: Both, kind: str, name: str, 
         assert all(torch.equal(theirs["weights"][k], ours["weights"][k]) for k in theirs["weights"])
 
     run_forked(world, compared)
+
+
+def test_reference_logprobs_know_an_imported_model_by_its_content(both: Both, tmp_path: Path) -> None:
+    _, imported = both("untied")
+    other = tiny.write_model(tmp_path / "hf", tiny.ARCHITECTURE.model_copy(update={"rope_theta": 1e4}))
+    import_hf(other, tmp_path / "other", max_shard_bytes=20_000)
+    shutil.copytree(imported, tmp_path / "copy")
+    with single_process() as groups:
+        first, copy, changed, rounded = (
+            weights_fingerprint(path, groups, dtype=dtype)
+            for path, dtype in (
+                (imported, "float32"),
+                (tmp_path / "copy", "float32"),
+                (tmp_path / "other", "float32"),
+                (imported, "bfloat16"),
+            )
+        )
+    assert first == copy and len({first, changed, rounded}) == 3
 
 
 @pytest.mark.parametrize("damage", ["flip", "missing"])
