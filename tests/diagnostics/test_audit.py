@@ -47,14 +47,14 @@ def audited(files: Path, verb: str, overrides: list[str], plant: Plant | None = 
 
 def after_loading(patch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
     """Change each model chunk once its weights are loaded."""
-    load = trainer_module.load_hf
+    load = trainer_module.load_pretrained
 
     def load_and_change(chunks: Any, *arguments: Any, **options: Any) -> None:
         load(chunks, *arguments, **options)
         for chunk in chunks:
             change(unwrap(chunk))
 
-    patch.setattr(trainer_module, "load_hf", load_and_change)
+    patch.setattr(trainer_module, "load_pretrained", load_and_change)
 
 
 def swap_query_groups(patch: pytest.MonkeyPatch) -> None:

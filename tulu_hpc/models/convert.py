@@ -6,8 +6,6 @@ rank 0. Both are exact: export of an import in the same dtype gives the same bit
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,12 @@ from torch import Tensor
 
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.models.build import check_layout, unwrap
+from tulu_hpc.models.companions import copy_companions, write_config
 from tulu_hpc.models.llama import Llama
-from tulu_hpc.models.names import HEAD, IGNORED, Mapping, hf_shapes, mapping, merge_shards, read_local
+from tulu_hpc.models.names import Mapping, hf_shapes, mapping, merge_shards, read_local
 from tulu_hpc.models.safetensors_files import HfDirectory, published, write_shards
+from tulu_hpc.models.safetensors_layout import check_names
 from tulu_hpc.parallel.layout import Groups
-
-# What belongs to a model directory beside weights and config.json.
-_COPIED = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
-)
 
 
 @torch.no_grad()
@@ -55,15 +49,7 @@ def load_hf(chunks: Sequence[torch.nn.Module], path: str | Path, architecture: A
 
 def _check_tensors(directory: HfDirectory, architecture: Architecture) -> None:
     shapes = hf_shapes(architecture)
-    found = {name for name in directory.file_of if not IGNORED.match(name)}
-    if architecture.tie_word_embeddings:
-        found.discard(HEAD)  # a copy of the embedding that some exporters write
-    missing, unexpected = sorted(shapes.keys() - found), sorted(found - shapes.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"{directory.path}: does not hold the model that its config describes; "
-            f"missing {missing[:5] or 'nothing'}, unexpected {unexpected[:5] or 'nothing'}"
-        )
+    check_names(directory.path, directory.file_of, architecture)
     for name, shape in shapes.items():
         if directory.shape(name) != shape:
             raise ValueError(f"{directory.path}: {name} has shape {directory.shape(name)}, config.json says {shape}")
@@ -151,7 +137,8 @@ def _collect(
             dist.recv(shard, dist.get_global_rank(pipeline, stage), group=pipeline)
     if groups.pp_rank != 0 or shards is None:
         return None
-    return [tensor.cpu() for tensor in merge_shards(mapped, shards, architecture)]
+    # Merged on the host: the device holds the shards of one parameter, once.
+    return merge_shards(mapped, [shard.cpu() for shard in shards], architecture)
 
 
 def save_hf(
@@ -167,8 +154,9 @@ def save_hf(
 ) -> None:
     """Write the model as a Hugging Face directory that transformers and inference engines load.
 
-    Collective over the whole job; global rank 0 writes. The directory appears, or replaces an older one, only when it
-    is complete.
+    Collective over the whole job; global rank 0 writes. One parameter at a time is gathered and written: beside the
+    model rank 0 holds at most four times the largest parameter, any other rank twice. The directory appears, or
+    replaces an older one, only when it is complete.
 
     Args:
         source: directory whose tokenizer, chat template and generation settings are copied.
@@ -198,25 +186,3 @@ def save_hf(
     failure = groups.broadcast_object(failure)
     if failure:
         raise RuntimeError(failure)
-
-
-def write_config(directory: Path, architecture: Architecture, dtype: torch.dtype, source: Path | None = None) -> None:
-    """Write `config.json`; special token ids are taken over from the source's where it has them."""
-    config: dict[str, Any] = {}
-    original = source / "config.json" if source is not None else None
-    if original is not None and original.is_file():
-        raw = json.loads(original.read_text())
-        config = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw}
-    config.update(architecture.to_hf())
-    config.update(
-        architectures=["LlamaForCausalLM"], model_type="llama", dtype=str(dtype).removeprefix("torch."), use_cache=True
-    )
-    config["torch_dtype"] = config["dtype"]  # the name of the key before transformers 5
-    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def copy_companions(source: Path, directory: Path) -> None:
-    """Copy tokenizer files, chat template and generation settings; what the source lacks is not missed."""
-    for name in _COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tulu_hpc.config.architecture import Architecture
-from tulu_hpc.models.convert import write_config
+from tulu_hpc.models.companions import write_config
 from tulu_hpc.models.names import EMBEDDING, HEAD, hf_shapes
 from tulu_hpc.models.safetensors_files import published, write_shards
 

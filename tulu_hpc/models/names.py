@@ -51,6 +51,8 @@ _LAYER: dict[str, tuple[Kind, tuple[str, ...]]] = {
     "mlp.linear_fc2.weight": ("columns", ("mlp.down_proj.weight",)),
 }
 
+LAYER_PARAMETERS = tuple(_LAYER)
+
 
 @dataclass(frozen=True)
 class Mapping:
@@ -142,7 +144,7 @@ def read_local(
         return torch.cat([read(name, (slice(rank * half, (rank + 1) * half),)) for name in mapped.hf_names])
     heads = a.num_key_value_heads // size
     parts = []
-    for name, width in zip(mapped.hf_names, _qkv_widths(a), strict=True):
+    for name, width in zip(mapped.hf_names, qkv_widths(a), strict=True):
         part = read(name, (slice(rank * heads * width, (rank + 1) * heads * width),))
         parts.append(part.view(heads, width, a.hidden_size))
     return torch.cat(parts, dim=1).reshape(-1, a.hidden_size)
@@ -160,10 +162,10 @@ def merge_shards(mapped: Mapping, shards: list[Tensor], architecture: Architectu
     if mapped.kind == "gate_up":
         halves = [shard.chunk(2) for shard in shards]
         return [torch.cat([half[i] for half in halves]) for i in range(2)]
-    grouped = torch.cat(shards).view(a.num_key_value_heads, sum(_qkv_widths(a)), a.hidden_size)
-    return [part.reshape(-1, a.hidden_size) for part in grouped.split(list(_qkv_widths(a)), dim=1)]
+    grouped = torch.cat(shards).view(a.num_key_value_heads, sum(qkv_widths(a)), a.hidden_size)
+    return [part.reshape(-1, a.hidden_size) for part in grouped.split(list(qkv_widths(a)), dim=1)]
 
 
-def _qkv_widths(a: Architecture) -> tuple[int, int, int]:
+def qkv_widths(a: Architecture) -> tuple[int, int, int]:
     """Rows of q, k and v per key/value head."""
     return a.num_attention_heads // a.num_key_value_heads * a.head_dim, a.head_dim, a.head_dim

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
 class HfDirectory:
@@ -89,6 +89,36 @@ def plan_shards(
     return shards
 
 
+def shard_files(shards: Sequence[object]) -> list[str]:
+    """Names of the files, as transformers gives them."""
+    count = len(shards)
+    return [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+
+
+def shard_header(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """What a safetensors file begins with when these tensors follow one after another."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + int(torch.Size(shapes[name]).numel()) * dtype.itemsize
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shapes[name]), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_shard_index(
+    directory: Path, shards: Sequence[Sequence[str]], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> None:
+    """Write which tensor is in which file; nothing if there is one file only."""
+    if len(shards) == 1:
+        return
+    total = sum(int(torch.Size(shape).numel()) for shape in shapes.values()) * dtype.itemsize
+    weight_map = {name: file for file, names in zip(shard_files(shards), shards, strict=True) for name in names}
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    (directory / INDEX).write_text(text + "\n")
+
+
 def write_shards(
     tensors: Iterable[tuple[str, Tensor]],
     directory: Path,
@@ -96,7 +126,7 @@ def write_shards(
     dtype: torch.dtype,
     max_shard_bytes: float,
 ) -> None:
-    """Write a stream of tensors as Hugging Face shards with their index; holds one shard in memory.
+    """Write a stream of tensors as Hugging Face shards with their index; holds one tensor in memory.
 
     Args:
         tensors: (name, tensor on the CPU), in the order of `shapes`.
@@ -105,25 +135,17 @@ def write_shards(
         ValueError: a tensor out of order or of another shape.
     """
     shards = plan_shards(shapes, dtype.itemsize, max_shard_bytes)
-    files = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    )
     stream = iter(tensors)
-    for file, names in zip(files, shards, strict=True):
-        held: dict[str, Tensor] = {}
-        for wanted in names:
-            name, tensor = next(stream, ("nothing", torch.empty(0)))
-            if name != wanted or tuple(tensor.shape) != tuple(shapes[wanted]):
-                raise ValueError(f"expected {wanted} {shapes[wanted]}, got {name} {tuple(tensor.shape)}")
-            held[name] = tensor.to(dtype).contiguous()
-        save_file(held, str(directory / file), metadata={"format": "pt"})
-    if len(shards) > 1:
-        total = sum(int(torch.Size(shape).numel()) for shape in shapes.values()) * dtype.itemsize
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-        (directory / INDEX).write_text(text + "\n")
+    for file, names in zip(shard_files(shards), shards, strict=True):
+        with (directory / file).open("wb") as output:
+            output.write(shard_header(names, shapes, dtype))
+            for wanted in names:
+                name, tensor = next(stream, ("nothing", torch.empty(0)))
+                if name != wanted or tuple(tensor.shape) != tuple(shapes[wanted]):
+                    raise ValueError(f"expected {wanted} {shapes[wanted]}, got {name} {tuple(tensor.shape)}")
+                output.write(tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+                del tensor
+    write_shard_index(directory, shards, shapes, dtype)
 
 
 @contextmanager

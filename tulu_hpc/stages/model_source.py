@@ -18,6 +18,7 @@ from tulu_hpc.parallel.layout import Groups, initialize, layout_of
 from tulu_hpc.stages.training_run import read_architecture
 from tulu_hpc.training import checkpoint, determinism, reference
 from tulu_hpc.training.trainer import load_model
+from tulu_hpc.training.weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def open_model(run: RunSection, model: ModelSection, parallel: ParallelSection) 
         problem = checkpoint.verify(source.checkpoint, groups)
         if problem is not None:
             raise ConfigError(f"model.path {model.path}: damaged checkpoint: {problem}")
-        checkpoint.load_weights(chunks, source.checkpoint)
+        load_weights(chunks, source.checkpoint)
         fingerprint = checkpoint.fingerprint(source.checkpoint)
     tokenizer = load_tokenizer(source.base, architecture.vocab_size)
     return OpenModel(groups, architecture, chunks, tokenizer, source, fingerprint)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,15 +182,6 @@ def _hash(file: Path) -> Entry | str:
         return "missing"
     except OSError as error:
         return f"unreadable ({error.strerror})"
-
-
-def load_weights(models: Sequence[Any], path: Path) -> None:
-    """Load only the model from a checkpoint, written by any layout; collective, not verified."""
-    metadata = {"singleton_local_shards": False}
-    request = {f"model{i}": model.sharded_state_dict(metadata=metadata) for i, model in enumerate(models)}
-    loaded = dist_checkpointing.load(request, str(path))
-    for index, model in enumerate(models):
-        model.load_state_dict(loaded[f"model{index}"])
 
 
 def fingerprint(path: Path) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tulu_hpc.data.loader import deal, pack_items
 from tulu_hpc.data.packed_batch import Item, PackedBatch, rows_of
+from tulu_hpc.models.model_files import is_imported, read_record
 from tulu_hpc.objectives.terms import sequence_sums
 from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.training.runner import Runner, row_multiple
@@ -65,14 +66,16 @@ def _update(digest: Any, tensor: Tensor) -> None:
 
 
 def weights_fingerprint(path: Path, groups: Groups, *, dtype: str) -> str:
-    """Content hash of a Hugging Face directory's config and weights, and of the dtype they are run in.
+    """Content hash of a model directory's config and weights, and of the dtype they are run in.
 
     Collective: the ranks share the reading.
 
     Raises:
-        ReferenceError: the directory holds no safetensors file.
+        ReferenceError: the directory holds neither safetensors files nor an imported checkpoint.
     """
     files = sorted(file.name for file in path.glob("*.safetensors"))
+    if not files and is_imported(path):
+        files = sorted(read_record(path)["files"])
     if not files:
         raise ReferenceError(f"{path}: no *.safetensors file")
     names = ["config.json", *files]

@@ -16,7 +16,6 @@ from torch import nn
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.sections import ModelSection, OptimizerSection, ParallelSection
 from tulu_hpc.models.build import build_model
-from tulu_hpc.models.convert import load_hf
 from tulu_hpc.models.transformer_engine import TransformerEngineOptions
 from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.layout import Groups
@@ -27,6 +26,7 @@ from tulu_hpc.training.runner import Runner
 from tulu_hpc.training.schedule import Schedule
 from tulu_hpc.training.spike import SpikeGuard
 from tulu_hpc.training.timing import watch_schedule
+from tulu_hpc.training.weights import load_pretrained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -166,7 +166,7 @@ def load_model(
         transformer_engine=_transformer_engine(model, groups),
     )
     if load_weights:
-        load_hf(chunks, Path(model.path), architecture, groups)
+        load_pretrained(chunks, Path(model.path), architecture, groups)
     return chunks
 
 

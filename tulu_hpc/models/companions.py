@@ -1,0 +1,39 @@
+"""What belongs to a model directory beside the weights: configuration, tokenizer, chat template."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tulu_hpc.config.architecture import Architecture
+
+_COPIED = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+
+
+def write_config(directory: Path, architecture: Architecture, dtype: torch.dtype, source: Path | None = None) -> None:
+    """Write `config.json`; special token ids are taken over from the source's where it has them."""
+    config: dict[str, Any] = {}
+    original = source / "config.json" if source is not None else None
+    if original is not None and original.is_file():
+        raw = json.loads(original.read_text())
+        config = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw}
+    config.update(architecture.to_hf())
+    config.update(
+        architectures=["LlamaForCausalLM"], model_type="llama", dtype=str(dtype).removeprefix("torch."), use_cache=True
+    )
+    config["torch_dtype"] = config["dtype"]  # the name of the key before transformers 5
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copy tokenizer files, chat template and generation settings; what the source lacks is not missed."""
+    for name in _COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
