@@ -96,6 +96,8 @@ def layout_of(parallel: ParallelSection) -> Layout:
         sequence=parallel.sequence_parallel,
         account_for_embedding=parallel.account_for_embedding_in_pipeline_split,
         account_for_loss=parallel.account_for_loss_in_pipeline_split,
+        first_stage_layers=parallel.first_stage_layers,
+        last_stage_layers=parallel.last_stage_layers,
     )
 
 

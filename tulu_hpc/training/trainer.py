@@ -154,7 +154,7 @@ def wrap_data_parallel(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
-        bucket_size=None,
+        bucket_size=parallel.gradient_bucket_size,
     )
     wrapped = [
         DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0, pg_collection=groups.pg)
