@@ -7,7 +7,7 @@ precision, packing (order, rows, number of micro-batches and their ranks), prefi
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.training import tiny
 from tulu_hpc.config.sections import OptimizerSection, ParallelSection
-from tulu_hpc.data.packed_batch import Item, PackedBatch, pack, rows_of
+from tulu_hpc.data.packed_batch import Item, PackedBatch, TokenSequence, pack, rows_of
 from tulu_hpc.models.build import check_layout
 from tulu_hpc.models.llama import TokenLogprobs
 from tulu_hpc.objectives.preference import preference_terms
@@ -177,7 +177,12 @@ def draws(seed: int, count: int, worlds: Sequence[int]) -> list[Draw]:
 
 
 def items_of(objective: str, step: int) -> list[Item]:
-    return tiny.make_items("s" * 10 if objective == "sft" else "p" * 7, seed=100 + step)
+    """The global batch; among the sequences one with nothing but its end trained, as a long prompt has it."""
+    if objective == "dpo":
+        return tiny.make_items("p" * 7, seed=100 + step)
+    tokens = torch.randint(1, tiny.ARCHITECTURE.vocab_size, (40,), generator=torch.Generator().manual_seed(step))
+    late = Item("sequence", [TokenSequence(tokens, torch.arange(40) > 36)], id="late")
+    return [*tiny.make_items("s" * 9, seed=100 + step), late]
 
 
 def loss_of(objective: str, groups: Groups, items: Sequence[Item]) -> LossFn:
@@ -204,7 +209,7 @@ def loss_of(objective: str, groups: Groups, items: Sequence[Item]) -> LossFn:
 
 
 def deal(draw: Draw, items: Sequence[Item], groups: Groups, step: int) -> list[PackedBatch]:
-    """The packs of this data-parallel rank: items in random order fill packs, which go to random ranks, some to none."""
+    """The packs of this data-parallel rank: items in random order fill packs, which go to random ranks, or to none."""
     order = list(items)
     rng = random.Random(f"{draw.packing_seed}/{step}")
     if draw.packing_seed is not None:
@@ -228,7 +233,11 @@ def deal(draw: Draw, items: Sequence[Item], groups: Groups, step: int) -> list[P
 
 
 def train(draw: Draw, models: dict[bool, Path]) -> dict[str, Any]:
-    """STEPS optimizer steps; losses and norms of each, gradients of the first (fp32), weights after the last."""
+    """STEPS optimizer steps; losses and norms of each, gradients of the first (fp32), weights after the last.
+
+    Also what happened on this rank: `packs` per step, and whether it was ever `unscored`: had rows of a pack with
+    targets, but none of the targets.
+    """
     parallel = draw.section
     groups = initialize(layout_of(parallel), seed=1)
     section = OPTIMIZERS[draw.optimizer].model_copy(update={"gradient_dtype": draw.gradient_dtype})
@@ -241,13 +250,15 @@ def train(draw: Draw, models: dict[bool, Path]) -> dict[str, Any]:
         dtype=draw.dtype,
         strategy=draw.strategy,
     )
-    result: dict[str, Any] = {"losses": [], "norms": [], "gradients": {}, "packs": []}
+    result: dict[str, Any] = {"losses": [], "norms": [], "gradients": {}, "packs": [], "unscored": False}
     for step in range(STEPS):
         items = items_of(draw.objective, step)
         packs, loss = deal(draw, items, groups, step), loss_of(draw.objective, groups, items)
         if step == 0 and draw.dtype == "float32":  # `gradients` swaps p.data, which bf16 would cut from its hooks
             trainer.zero_grad()
-            trainer.runner.forward_backward(trainer.runner.prepare(packs), loss)
+            batches = trainer.runner.prepare(packs)
+            result["unscored"] = any(each.batch.num_targets and not each.target_K.numel() for each in batches)
+            trainer.runner.forward_backward(batches, loss)
             result["gradients"] = tiny.gradients(trainer)
         outcome = train_step(trainer, packs, loss)
         result["losses"].append(outcome.loss)
@@ -270,12 +281,20 @@ def _named(case: Draw, models: dict[bool, Path]) -> dict[str, Any]:
         raise AssertionError(f"failed: {case}") from error
 
 
-def differences(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """(what, difference): loss and norm relative, gradients over the largest of each tensor, weights absolute."""
-    for what in ("losses", "norms"):
-        for step in range(STEPS):
-            yield what, abs(found[what][step] - wanted[what][step]) / abs(wanted[what][step])
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
+    """Largest differences: of loss and gradient norm over the three steps, relative; of the first step's gradients, over
+    the largest of each tensor; of the last weights, absolute, beyond rounding where they are bf16."""
+    largest = {
+        what: max(abs(a - b) / abs(b) for a, b in zip(found[what], wanted[what], strict=True))
+        for what in ("losses", "norms")
+    }
     if found["gradients"]:
-        yield "gradients", tiny.largest_difference(found["gradients"], wanted["gradients"], relative=True)
-    floats: dict[str, Tensor] = {name: tensor.to(torch.float32) for name, tensor in found["weights"].items()}
-    yield "weights", tiny.largest_difference(floats, wanted["weights"], relative=False)
+        largest["gradients"] = tiny.largest_difference(found["gradients"], wanted["gradients"], relative=True)
+    assert found["weights"].keys() == wanted["weights"].keys()
+    largest["weights"] = max(_beyond_rounding(found["weights"][k], w) for k, w in wanted["weights"].items())
+    return largest
+
+
+def _beyond_rounding(found: Tensor, wanted: Tensor) -> float:
+    rounding = 2**-8 * wanted.abs() if found.dtype == torch.bfloat16 else 0.0
+    return max(0.0, float(((found.float() - wanted).abs() - rounding).max()))

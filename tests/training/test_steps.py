@@ -250,15 +250,3 @@ class TestReferenceCache:
         assert reference.item_key(moved) != reference.item_key(one)
         swapped = Item("pair", one.responses[::-1], prompt=one.prompt, id=one.id)
         assert reference.item_key(swapped) != reference.item_key(one)
-
-
-def test_late_gathering_with_a_shared_embedding_is_refused(tmp_path: Path) -> None:
-    model = tiny.write_model(tmp_path / "hf", tiny.TIED)
-    overlap = ParallelSection(pipeline=2, overlap_grad_reduce=True, overlap_param_gather=True)
-
-    def build() -> str:
-        with pytest.raises(ValueError, match="overlap_param_gather does not work with tied") as error:
-            tiny.make_trainer(model, initialize(layout_of(overlap), seed=1), overlap)
-        return str(error.value)
-
-    assert "parallel.pipeline = 2" in run_forked(2, build)[0]

@@ -80,21 +80,10 @@ def build_trainer(
         total_steps: optimizer steps of the whole run; the schedule ends there.
 
     Raises:
-        ValueError: gradients of lower precision than the model's, or parameters gathered late where two pipeline stages
-            share the embedding; megatron has neither.
+        ValueError: gradients of lower precision than the model's, which megatron has not.
     """
     if optimizer.gradient_dtype == "bfloat16" and model.dtype != "bfloat16":
         raise ValueError(f"optimizer.gradient_dtype is bfloat16 but model.dtype is {model.dtype}")
-    if (
-        parallel.overlap_param_gather
-        and architecture.tie_word_embeddings
-        and parallel.pipeline > 1
-        and parallel.virtual_pipeline is None
-    ):
-        raise ValueError(
-            f"parallel.overlap_param_gather does not work with tied embeddings on parallel.pipeline = "
-            f"{parallel.pipeline} stages: set it to false, or parallel.virtual_pipeline to 2 or more"
-        )
     chunks = load_model(model, groups, architecture, recompute=recompute, load_weights=load_weights)
     wrapped = wrap_data_parallel(chunks, parallel, optimizer, groups)
     schedule = Schedule(
