@@ -77,6 +77,11 @@ def layers_per_chunk(architecture: Architecture, layout: Layout) -> list[list[in
             f"(counting embedding {layout.account_for_embedding}, head {layout.account_for_loss}; "
             f"first {first}, last {last})"
         )
+    if even and not left:
+        raise LayoutError(
+            f"parallel.first_stage_layers = {first} and last_stage_layers = {last} leave no layer of "
+            f"{architecture.num_hidden_layers} to the other {even} of {stages} stages"
+        )
     per_stage = [left // even if even else 0] * stages
     if first is not None:
         per_stage[0] = first
