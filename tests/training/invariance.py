@@ -1,7 +1,8 @@
 """Random draws of everything that must not change training, and the training that they are compared with.
 
-A draw: process layout, stage split, sequence parallelism, context split, optimizer sharding, overlap, buckets, recompute,
-precision, packing (order, rows, number of micro-batches and their ranks), prefix sharing, objective, optimizer, model.
+A draw: process layout, stage split, sequence parallelism, context split, optimizer sharding, overlap, buckets,
+recompute, precision, packing (order, rows, number of micro-batches and their ranks), prefix sharing, objective,
+optimizer, model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from tulu_hpc.data.packed_batch import Item, PackedBatch, TokenSequence, pack, r
 from tulu_hpc.models.build import check_layout
 from tulu_hpc.models.llama import TokenLogprobs
 from tulu_hpc.objectives.preference import preference_terms
-from tulu_hpc.objectives.sft import sft_terms
 from tulu_hpc.objectives.terms import Terms, own_targets, sequence_lengths
 from tulu_hpc.parallel.context import RankBatch
 from tulu_hpc.parallel.layout import Groups, LayoutError, initialize, layout_of
@@ -282,8 +282,8 @@ def _named(case: Draw, models: dict[bool, Path]) -> dict[str, Any]:
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
-    """Largest differences: of loss and gradient norm over the three steps, relative; of the first step's gradients, over
-    the largest of each tensor; of the last weights, absolute, beyond rounding where they are bf16."""
+    """Largest differences: of loss and gradient norm over the three steps, relative; of the first step's gradients,
+    over the largest of each tensor; of the last weights, absolute, beyond rounding where they are bf16."""
     largest = {
         what: max(abs(a - b) / abs(b) for a, b in zip(found[what], wanted[what], strict=True))
         for what in ("losses", "norms")

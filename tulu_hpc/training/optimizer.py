@@ -17,8 +17,8 @@ around checkpoints (the fifth is wrong with any Adam, the sixth without Adam):
    reduction of a large model) everything after the first padded one is saved shifted, with a warning at most:
    `_sharded_state` gives it the places without padding.
 
-6. Its checkpoints know the state of Adam only, so it refuses SGD: `_adam_states` gives them SGD's under Adam's names, and
-   SGD counts its steps too (`sgd.py`).
+6. Its checkpoints know the state of Adam only, so it refuses SGD: `_adam_states` gives them SGD's under Adam's names,
+   and SGD counts its steps too (`sgd.py`).
 
 `Float16OptimizerWithFloat16Params` and `FP32Optimizer` share 1 (their state has no `step` before the first step).
 """
@@ -79,6 +79,8 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False, pg_collection=groups.pg)
     for inner in torch_optimizers(optimizer):
         for group in inner.param_groups:
+            # megatron leaves the factor of norms, 0, to its own scheduler, which is not used here.
+            group["weight_decay"] = section.weight_decay * group["wd_mult"]
             # One kernel per step on CPU and CUDA alike.
             group["fused"], group["foreach"] = isinstance(inner, torch.optim.AdamW), False
     create_state(optimizer)
@@ -140,7 +142,7 @@ def optimizer_step(optimizer: ChainedOptimizer) -> int:
 
 
 def use_torch_optimizer() -> None:
-    """Make megatron build torch's optimizers whatever else is installed, and repair its checkpoints (defects 2, 3, 5, 6).
+    """Make megatron build torch's optimizers whatever else is installed, and repair its checkpoints (2, 3, 5 and 6).
 
     The fused Adams of Transformer Engine and Apex keep no `step` per parameter: the state that `create_state` makes and
     the checkpoints of this module would not fit them.
