@@ -138,7 +138,7 @@ def test_uneven_stages_are_shown() -> None:
     assert "pipeline 16 of 7 + 14 x 8 + 7 layers" in text
     assert plan_text(counted, gpu="h100", gpus=256)[0] == text  # the same stages, said in another way
     impossible = load_training_config(CONFIGS / "tulu3/405b/sft.yaml", even + ends[:1])
-    with pytest.raises(LayoutError, match="126 layers cannot be dealt evenly .*first 7, last None"):
+    with pytest.raises(LayoutError, match=r"126 layers cannot be dealt evenly .*first 7, last None"):
         plan_text(impossible, gpu="h100", gpus=256)
 
 

@@ -7,6 +7,7 @@ optimizer, model.
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -279,6 +280,8 @@ def _named(case: Draw, models: dict[bool, Path]) -> dict[str, Any]:
         return train(case, models)
     except Exception as error:
         raise AssertionError(f"failed: {case}") from error
+    finally:
+        gc.collect()  # the trainer is a cycle, and holds process groups
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
