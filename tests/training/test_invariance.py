@@ -89,7 +89,7 @@ def test_training_does_not_depend_on_many_draws(
 
 
 def test_the_reference_trains(models: dict[bool, Path]) -> None:
-    """Otherwise the comparison above would compare nothing: the weights move by far more than its bounds."""
+    """Otherwise the comparison above would compare nothing: every weight moves by far more than its bound."""
     draws = [
         Draw(1, objective=objective, optimizer=optimizer) for objective, optimizer in (("sft", "sgd"), ("dpo", "adamw"))
     ]
@@ -97,7 +97,8 @@ def test_the_reference_trains(models: dict[bool, Path]) -> None:
     for draw, result in references(models, draws).items():
         assert min(result["norms"]) > subject.OPTIMIZERS[draw.optimizer].clip_grad, "clipping must be active"
         for name, tensor in result["weights"].items():
-            assert float((tensor - start[name]).abs().max()) > 1e-3, (draw, name)
+            bound = BOUNDS["float32", draw.optimizer]["weights"]
+            assert float((tensor - start[name]).abs().max()) > 10 * bound, (draw, name)
 
 
 def test_a_seed_gives_the_same_draws_and_every_feature() -> None:
