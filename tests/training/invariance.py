@@ -178,11 +178,11 @@ def draws(seed: int, count: int, worlds: Sequence[int]) -> list[Draw]:
 
 
 def items_of(objective: str, step: int) -> list[Item]:
-    """The global batch; among the sequences one with nothing but its end trained, as a long prompt has it."""
+    """The global batch; among the sequences one with nothing but its last token trained, after a long prompt."""
     if objective == "dpo":
         return tiny.make_items("p" * 7, seed=100 + step)
     tokens = torch.randint(1, tiny.ARCHITECTURE.vocab_size, (40,), generator=torch.Generator().manual_seed(step))
-    late = Item("sequence", [TokenSequence(tokens, torch.arange(40) > 36)], id="late")
+    late = Item("sequence", [TokenSequence(tokens, torch.arange(40) == 39)], id="late")
     return [*tiny.make_items("s" * 9, seed=100 + step), late]
 
 
@@ -210,7 +210,10 @@ def loss_of(objective: str, groups: Groups, items: Sequence[Item]) -> LossFn:
 
 
 def deal(draw: Draw, items: Sequence[Item], groups: Groups, step: int) -> list[PackedBatch]:
-    """The packs of this data-parallel rank: items in random order fill packs, which go to random ranks, or to none."""
+    """The packs of this data-parallel rank: items in random order fill packs, which go to random ranks, some to none.
+
+    The late one (`items_of`) has a pack of its own every other time.
+    """
     order = list(items)
     rng = random.Random(f"{draw.packing_seed}/{step}")
     if draw.packing_seed is not None:
@@ -218,12 +221,13 @@ def deal(draw: Draw, items: Sequence[Item], groups: Groups, step: int) -> list[P
     bins: list[list[Item]] = []
     room = 0
     for item in order:
+        alone = item.id == "late" and rng.random() < 0.5
         rows = rows_of(item, draw.share)
-        if rows > room:
+        if alone or rows > room:
             bins.append([])
             room = draw.pack_rows
         bins[-1].append(item)
-        room -= rows
+        room = 0 if alone else room - rows
     multiple = row_multiple(groups.layout, draw.section.context_split)
     owners = [rng.randrange(groups.dp_size) for _ in bins]
     return [
@@ -255,10 +259,10 @@ def train(draw: Draw, models: dict[bool, Path]) -> dict[str, Any]:
     for step in range(STEPS):
         items = items_of(draw.objective, step)
         packs, loss = deal(draw, items, groups, step), loss_of(draw.objective, groups, items)
+        batches = trainer.runner.prepare(packs)
+        result["unscored"] |= any(each.batch.num_targets and not each.target_K.numel() for each in batches)
         if step == 0 and draw.dtype == "float32":  # `gradients` swaps p.data, which bf16 would cut from its hooks
             trainer.zero_grad()
-            batches = trainer.runner.prepare(packs)
-            result["unscored"] = any(each.batch.num_targets and not each.target_K.numel() for each in batches)
             trainer.runner.forward_backward(batches, loss)
             result["gradients"] = tiny.gradients(trainer)
         outcome = train_step(trainer, packs, loss)

@@ -66,8 +66,9 @@ def prove(models: dict[bool, Path], seed: int, count: int, worlds: Sequence[int]
             unscored += any(result["unscored"] for result in results)
     seen = set().union(*(draw.features() for draw in draws))
     assert seen >= subject.all_features(worlds), f"seed {seed}: not drawn: {subject.all_features(worlds) - seen}"
-    assert idle, f"seed {seed}: no data-parallel rank was without packs"
-    assert unscored, f"seed {seed}: no context-parallel rank was without scored tokens"
+    if len(worlds) > 1:  # of eight processes there are too few draws to be sure of it
+        assert idle, f"seed {seed}: no data-parallel rank was without packs"
+        assert unscored, f"seed {seed}: no context-parallel rank was without scored tokens"
     figures = {f"worst {name}": float(f"{value:.2e}") for name, value in sorted(worst.items())}
     return {"draws": len(draws), "seed": seed, "with an idle rank": idle, "with an unscored rank": unscored, **figures}
 
