@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from itertools import pairwise
+import math
+from itertools import pairwise, product
 from unittest.mock import Mock
 
 import pytest
 import torch
 
-from tulu_hpc.data.packed_batch import Item, PackedBatch, TokenSequence, pack
+from tulu_hpc.data.packed_batch import Item, PackedBatch, TokenSequence, pack, rows_of
 from tulu_hpc.kernels import plan_attention
 from tulu_hpc.parallel.context import rank_batch, split_rows
 from tulu_hpc.parallel.layout import Groups, Layout
@@ -67,6 +68,44 @@ def test_greedy_balances_attention(kinds: str) -> None:
         contiguous = [pairs(packed, mine) for mine in split_rows(packed, cp, "contiguous")]
         assert max(loads) / (sum(loads) / cp) < 1.1
         assert max(loads) <= max(contiguous) * 1.02
+
+
+def long_tailed(kind: str, rows: int, seed: int) -> PackedBatch:
+    """A full pack of items with log-normal lengths (sigma 1.2), one of them up to half of the pack."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(median: int) -> torch.Tensor:
+        size = median * math.exp(1.2 * float(torch.randn((), generator=generator)))
+        return torch.ones(min(max(int(size), 2), rows // 2), dtype=torch.int64)
+
+    items: list[Item] = []
+    while sum(map(rows_of, items)) < rows:
+        if kind == "long and short":
+            first = torch.ones(rows // 2, dtype=torch.int64)
+            items.append(Item("sequence", [TokenSequence(tokens(100) if items else first)]))
+        elif kind == "sequence":
+            items.append(Item(kind, [TokenSequence(tokens(300))]))
+        else:
+            count = 2 if kind == "pair" else 8
+            name = "pair" if kind == "pair" else "group"
+            items.append(Item(name, [TokenSequence(tokens(200)) for _ in range(count)], prompt=tokens(300)))  # type: ignore[arg-type]
+    return pack(items, multiple=64)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "long and short", "pair", "group"])
+def test_greedy_gives_every_rank_the_same_attention_work(kind: str) -> None:
+    """Of long-tailed packs, prefixes included: max / mean of what the kernel is planned to do, at most 1.05."""
+    options = {"heads": 2, "kv_heads": 1, "head_dim": 8, "device": CPU}
+    worst = {"greedy": 0.0, "contiguous": 0.0}
+    for rows, seed, cp in product((1024, 4096), range(4), (2, 4, 8)):
+        packed = long_tailed(kind, rows, seed)
+        for split in worst:
+            plans = [rank_batch(packed, place(cp, r), split=split, **options).params.plan for r in range(cp)]  # type: ignore[arg-type]
+            flops = [plan.attention_pairs for plan in plans if plan is not None]
+            assert len(flops) == cp
+            worst[split] = max(worst[split], max(flops) * cp / sum(flops))
+    assert worst["greedy"] <= 1.05
+    assert worst["contiguous"] > 1.3, "these packs are hard to balance"
 
 
 def test_a_pack_that_does_not_divide_is_refused() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import time
 
@@ -70,6 +71,17 @@ def test_every_rank_has_its_own_place_in_each_layout() -> None:
         assert len({place[1:5] for place in layout}) == 4
     # Global rank 0 is the first of every group: it can write what its stage 0, shard 0 collects.
     assert all(place[1:5] == (0, 0, 0, 0) for place in ranks[0])
+
+
+def threads_after(times: int) -> int:
+    for _ in range(times):
+        initialize(Layout(tensor=2), seed=1)
+        gc.collect()
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_groups_of_an_earlier_layout_are_ended() -> None:
+    assert run_forked(2, threads_after, 6) == run_forked(2, threads_after, 2)
 
 
 def test_a_rank_of_a_job_that_does_not_exist() -> None:

@@ -158,6 +158,26 @@ def test_what_does_not_fit_says_why() -> None:
     assert not fits and "largest term: optimizer" in text
 
 
+def test_uneven_stages_are_shown() -> None:
+    even = [f"parallel.account_for_{end}_in_pipeline_split=false" for end in ("embedding", "loss")]
+    ends = ["parallel.first_stage_layers=7", "parallel.last_stage_layers=7"]
+    explicit = load_training_config(CONFIGS / "tulu3/405b/sft.yaml", even + ends)
+    counted = load_training_config(CONFIGS / "tulu3/405b/sft.yaml", [])
+    text, _ = plan_text(explicit, gpu="h100", gpus=256)
+    assert "pipeline 16 of 7 + 14 x 8 + 7 layers" in text
+    assert plan_text(counted, gpu="h100", gpus=256)[0] == text  # the same stages, said in another way
+    impossible = load_training_config(CONFIGS / "tulu3/405b/sft.yaml", even + ends[:1])
+    with pytest.raises(LayoutError, match=r"126 layers cannot be dealt evenly .*first 7, last None"):
+        plan_text(impossible, gpu="h100", gpus=256)
+
+
+def test_sgd_keeps_one_moment() -> None:
+    sgd = load_training_config(CONFIGS / "tulu3/8b/sft.yaml", ["optimizer.kind=sgd", "parallel.tensor=1"])
+    adam = load_training_config(CONFIGS / "tulu3/8b/sft.yaml", ["parallel.tensor=1"])
+    one, two = (plan_memory(workload(config, 8))[0] for config in (sgd, adam))
+    assert one.optimizer / two.optimizer == pytest.approx(8 / 12)  # fp32 master and momentum, or two moments
+
+
 def test_rlvr_counts_reference_and_cache() -> None:
     config = load_training_config(CONFIGS / "tulu3.1/8b/grpo.yaml", [])
     (stage,) = plan_memory(workload(config, 12))

@@ -5,14 +5,17 @@ Not proven here: other interconnects than gloo on one machine, bf16, models that
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from megatron.core.transformer.mlp import MLP
 
-from tests.parallel.forked import run_forked
+from tests.parallel.forked import run_forked, single_process
 from tests.training import tiny
 from tulu_hpc.config.sections import ParallelSection
+from tulu_hpc.models.attention import CoreAttention
 
 STEPS = ["spgspsgp", "sppsgs", "ggpsspss"]
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
@@ -118,3 +121,19 @@ def test_training_changes_the_weights(results: Results, tmp_path: Path) -> None:
     start = {k: v for file in model.glob("*.safetensors") for k, v in load_file(file).items()}
     assert min((final[name] - start[name]).abs().max().item() for name in final) > 1e-4
     assert results[1, "one process"]["norms"][0] > tiny.OPTIMIZER.clip_grad, "clipping must be active"
+
+
+@pytest.mark.parametrize(("recompute", "attention", "mlp"), [("none", 1, 1), ("selective", 2, 1), ("full", 2, 2)])
+def test_recomputation_really_happens(tmp_path: Path, recompute: str, attention: int, mlp: int) -> None:
+    """Forward passes of attention and MLP per layer and micro-batch."""
+    calls: Counter[str] = Counter()
+    with single_process() as groups:
+        trainer = tiny.make_trainer(tiny.write_model(tmp_path / "hf"), groups, ParallelSection(), recompute=recompute)
+        for module in trainer.models[0].modules():
+            if isinstance(module, (CoreAttention, MLP)):
+                module.register_forward_pre_hook(lambda module, _: calls.update([type(module).__name__]))
+        items = tiny.make_items("sp")
+        packs = tiny.global_batch(items, groups, ParallelSection(), pack_rows=32).packs
+        trainer.runner.forward_backward(trainer.runner.prepare(packs), tiny.sft_only(1.0))
+    layers = tiny.ARCHITECTURE.num_hidden_layers * len(packs)
+    assert calls == {"CoreAttention": attention * layers, "MLP": mlp * layers}

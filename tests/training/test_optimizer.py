@@ -54,3 +54,12 @@ def test_loaded_steps_are_separate_tensors_beside_their_parameters(tmp_path: Pat
         for parameter, state in states:
             assert state["step"].dtype == torch.float32
             assert state["step"].device == parameter.device
+
+
+def test_norms_are_not_decayed(tmp_path: Path) -> None:
+    """megatron marks them and leaves the rest to its own scheduler; without a repair they decay like matrices."""
+    with single_process() as groups:
+        parallel = ParallelSection(distributed_optimizer=False)  # its parameters keep their shapes
+        trainer = tiny.make_trainer(tiny.write_model(tmp_path / "hf"), groups, parallel)
+        decays = {(p.dim(), g["weight_decay"]) for g in trainer.optimizer.param_groups for p in g["params"]}
+        assert decays == {(1, 0.0), (2, tiny.OPTIMIZER.weight_decay)}

@@ -80,9 +80,9 @@ def make_items(kinds: str, seed: int = 0) -> list[Item]:
 
 def mixed_loss(groups: Groups, items: Sequence[Item]) -> LossFn:
     """SFT on sequences, DPO on pairs, GRPO on groups, each over its global count in `items` (the global batch)."""
-    trained = sum(_targets(i) for i in items if i.kind == "sequence")
+    trained = sum(targets_of(i) for i in items if i.kind == "sequence")
     pairs = sum(i.kind == "pair" for i in items)
-    tokens = sum(_targets(i) for i in items if i.kind == "group")
+    tokens = sum(targets_of(i) for i in items if i.kind == "group")
     cp_group = groups.pg.cp if groups.cp_size > 1 else None
 
     def loss(output: TokenLogprobs, batch: RankBatch) -> Terms:
@@ -126,7 +126,7 @@ def mixed_loss(groups: Groups, items: Sequence[Item]) -> LossFn:
     return loss
 
 
-def _targets(item: Item) -> int:
+def targets_of(item: Item) -> int:
     """Scored tokens; the first token of a sequence without prompt is predicted by nothing."""
     start = 0 if item.prompt.numel() else 1
     return sum(len(r) - start if r.mask is None else int(r.mask[start:].sum()) for r in item.responses)
@@ -144,9 +144,10 @@ def make_trainer(
     recompute: Any = "none",
     optimizer: Any = OPTIMIZER,
     dtype: Any = "float32",
+    strategy: Any = None,
 ) -> Trainer:
     return build_trainer(
-        model=ModelSection(path=str(model), dtype=dtype),
+        model=ModelSection(path=str(model), dtype=dtype, attention_strategy=strategy),
         parallel=parallel,
         optimizer=optimizer,
         recompute=recompute,

@@ -106,15 +106,33 @@ class ParallelSection(Section):
     )
     account_for_embedding_in_pipeline_split: bool = False
     account_for_loss_in_pipeline_split: bool = False
+    first_stage_layers: int | None = Field(
+        default=None, ge=1, description="Layers of the first pipeline stage; empty: dealt evenly with the others."
+    )
+    last_stage_layers: int | None = Field(default=None, ge=1, description="Layers of the last pipeline stage.")
+    gradient_bucket_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Parameters per bucket of overlap_grad_reduce; empty: 40M, or 1M per data-parallel rank if more.",
+    )
 
     @model_validator(mode="after")
-    def _overlap(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
             raise ValueError("overlap_param_gather needs distributed_optimizer and overlap_grad_reduce")
         if self.tp_comm_overlap and not (self.tensor > 1 and self.sequence_parallel):
             raise ValueError("tp_comm_overlap needs tensor > 1 with sequence parallelism")
         if self.tp_comm_overlap and self.context > 1 and self.context_split == "zigzag":
             raise ValueError("tp_comm_overlap needs context_split greedy or contiguous: its packs have a fixed size")
+        if self.gradient_bucket_size is not None and not self.overlap_grad_reduce:
+            raise ValueError("gradient_bucket_size needs overlap_grad_reduce: without it there is one bucket")
+        if self.first_stage_layers is not None or self.last_stage_layers is not None:
+            if self.pipeline < 2:
+                raise ValueError("first_stage_layers and last_stage_layers need pipeline >= 2")
+            if self.account_for_embedding_in_pipeline_split or self.account_for_loss_in_pipeline_split:
+                raise ValueError(
+                    "give either account_for_*_in_pipeline_split or first_stage_layers and last_stage_layers, not both"
+                )
         return self
 
     @property
@@ -146,10 +164,14 @@ class SpikeSection(Section):
 
 
 class OptimizerSection(Section):
+    kind: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(gt=0)
-    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="Each at least 0 and below 1.")
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="Of adamw. Each at least 0 and below 1.")
+    eps: float = Field(default=1e-8, gt=0, description="Of adamw.")
+    momentum: Decay | None = Field(default=None, description="Of sgd, at least 0 and below 1; empty: 0.9.")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="Decoupled from the gradient in adamw, added to it in sgd."
+    )
     clip_grad: float = Field(default=1.0, ge=0, description="Global gradient norm; 0 switches clipping off.")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: float = Field(default=0.0, ge=0, le=1, description="Share of all steps.")
@@ -158,6 +180,12 @@ class OptimizerSection(Section):
         default="float32", description="Of the gradient buffers; bfloat16 needs model.dtype bfloat16."
     )
     spike: SpikeSection = SpikeSection()
+
+    @model_validator(mode="after")
+    def _momentum_of_sgd(self) -> Self:
+        if self.momentum is not None and self.kind != "sgd":
+            raise ValueError(f"momentum belongs to sgd; {self.kind} has betas")
+        return self
 
 
 class LoopSection(Section):

@@ -83,6 +83,11 @@ def layers_per_chunk(architecture: Architecture, layout: Layout) -> list[list[in
             f"(counting embedding {layout.account_for_embedding}, head {layout.account_for_loss}; "
             f"first {first}, last {last})"
         )
+    if even and not left:
+        raise LayoutError(
+            f"parallel.first_stage_layers = {first} and last_stage_layers = {last} leave no layer of "
+            f"{architecture.num_hidden_layers} to the other {even} of {stages} stages"
+        )
     per_stage = [left // even if even else 0] * stages
     if first is not None:
         per_stage[0] = first
@@ -110,6 +115,9 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron's configuration of this model: no fusions that need apex or Transformer Engine, variable row counts."""
     options: dict[str, Any] = {} if transformer_engine is None else config_options(transformer_engine)
+    first, last = layout.first_stage_layers, layout.last_stage_layers
+    if layout.pipeline == 2 and first is not None:
+        last = None  # it follows; megatron divides by the number of stages in between
     if recompute == "full":
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute == "selective":
@@ -142,8 +150,8 @@ def transformer_config(
         sequence_parallel=layout.sequence_parallel,
         account_for_embedding_in_pipeline_split=layout.account_for_embedding,
         account_for_loss_in_pipeline_split=layout.account_for_loss,
-        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
-        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,

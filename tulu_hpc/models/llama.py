@@ -89,10 +89,17 @@ class Llama(GPTModel):
 
     def local_vocab(self) -> tuple[Tensor, int]:
         """This rank's rows of the head without vocabulary padding ([<= Vl, H]) and the first one's token id."""
-        weight = self.shared_embedding_or_output_weight() if self._is_tied() else self.output_layer.weight
+        weight = self._head()
         start = self.pg_collection.tp.rank() * weight.shape[0]
         valid = min(max(self.architecture.vocab_size - start, 0), weight.shape[0])
         return (weight if valid == weight.shape[0] else weight[:valid]), start
+
+    def _head(self) -> Tensor:
+        """The head's weight, complete: it is read past its module, whose hooks wait for weights that are still being
+        gathered (overlap_param_gather)."""
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())
+        return self.shared_embedding_or_output_weight() if self._is_tied() else self.output_layer.weight
 
     def _is_tied(self) -> bool:
         return bool(self.share_embeddings_and_output_weights)
@@ -149,8 +156,7 @@ class Llama(GPTModel):
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden_TH = tensor_parallel.gather_from_sequence_parallel_region(hidden_TH, group=group)
-        weight = self.shared_embedding_or_output_weight() if self._is_tied() else self.output_layer.weight
-        shard = _linear_fp32(hidden_TH.index_select(0, rows), weight)
+        shard = _linear_fp32(hidden_TH.index_select(0, rows), self._head())
         if group.size() == 1:
             return shard[:, : self.architecture.vocab_size]
         shards = [torch.empty_like(shard) for _ in range(group.size())]

@@ -71,8 +71,8 @@ def split_rows(batch: PackedBatch, cp: int, kind: Split = "greedy") -> list[list
     """Deal the rows of a pack to `cp` ranks: per rank the row ranges it holds, in order; every rank gets T / cp rows.
 
     `contiguous`: one slice each. `zigzag`: slices r and 2 cp - 1 - r of 2 cp. `greedy`: equal chunks, the costliest
-    (attention pairs plus rows that reach the head) first, each to the least loaded rank with room. A pure function of
-    the pack: every rank computes the same answer.
+    (attention FLOPs, prefixes included) first, each to the least loaded rank with room: long-tailed packs come out
+    within 5 % of the mean (tests/parallel). A pure function of the pack: every rank computes the same answer.
 
     Raises:
         ValueError: T does not divide (pack with `multiple`).
@@ -113,7 +113,10 @@ def _greedy(batch: PackedBatch, cp: int) -> list[list[Range]]:
 
 
 def _row_costs(batch: PackedBatch) -> Tensor:
-    """[T] float64: keys each row attends to, plus 1 for each row that reaches the language-model head."""
+    """[T] float64: keys each row attends to, of its segment and prefix; its attention FLOPs are a multiple of them.
+
+    Rows that reach the language-model head count one key more, so that equal chunks share them too.
+    """
     cu = batch.cu_seqlens.cpu().long()
     lengths = cu[1:] - cu[:-1]
     prefix = (batch.prefix_S2[:, 1] - batch.prefix_S2[:, 0]).cpu().long()

@@ -102,6 +102,8 @@ def layout_of(parallel: ParallelSection, row_step: int = 1) -> Layout:
         account_for_loss=parallel.account_for_loss_in_pipeline_split,
         row_step=row_step,
         tp_comm_overlap=parallel.tp_comm_overlap,
+        first_stage_layers=parallel.first_stage_layers,
+        last_stage_layers=parallel.last_stage_layers,
     )
 
 
@@ -223,15 +225,28 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
+_built: list[dist.ProcessGroup] = []  # by `_build_groups`; megatron forgets its groups without ending their threads
+
+
 def _forget_groups() -> None:
     mpu.destroy_model_parallel()
     for name, value in list(vars(mpu).items()):
         if isinstance(value, dist.ProcessGroup):
-            setattr(mpu, name, None)  # megatron forgets some itself; their threads would live on
+            setattr(mpu, name, None)  # megatron forgets some itself
+    while _built:
+        group = _built.pop()
+        if group in _known_groups():
+            dist.destroy_process_group(group)
+
+
+def _known_groups() -> list[dist.ProcessGroup]:
+    """Every process group of torch.distributed in this process, in the order of their making."""
+    return list(dist.distributed_c10d._world.pg_map)
 
 
 def _build_groups(layout: Layout, timeout_minutes: float) -> Groups:
     _forget_groups()
+    before = _known_groups()
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -240,6 +255,7 @@ def _build_groups(layout: Layout, timeout_minutes: float) -> Groups:
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
         create_gloo_process_groups=False,  # nothing here uses them, and beside NCCL they need an interface of their own
     )
+    _built.extend(group for group in _known_groups() if group not in before)
     pg = ProcessGroupCollection.use_mpu_process_groups()
     return Groups(
         layout=layout,

@@ -8,7 +8,7 @@ Symbols: T rows of a pack on one context-parallel rank, H hidden, F intermediate
 head dim, V vocabulary rows, t tensor ranks, d ranks that share the optimizer state (data x context).
 
 Weights, gradients, optimizer state per parameter: 2 + 4 + 12/d bytes in bfloat16 with fp32 gradients and the
-distributed optimizer (fp32 master, two moments); 4 + 4 + 8/d in float32, which needs no master.
+distributed optimizer (fp32 master, two moments); 4 + 4 + 8/d in float32, which needs no master. SGD has one moment.
 
 Saved per layer and row, in elements, by the layer as built in `models/` (measured in tests/planner):
     residual stream    2 norm inputs and 2 norm outputs: 4H; 2H more where the norm is not fused (CPU)
@@ -36,6 +36,7 @@ class Workload:
         micro_batches: packs per step and replica; bounds how many a pipeline stage holds. None: enough to fill it.
         scored: share of the rows whose hidden states reach the head.
         dtype_bytes, gradient_bytes: per element.
+        moments: fp32 numbers per parameter that the optimizer keeps, beside masters: 2 for AdamW, 1 for SGD.
         data: data-parallel replicas.
         fused_norm: the norm saves its input only (CUDA), not also the normalised rows (CPU).
         resident_copies: further copies of the weights (a reference policy).
@@ -50,6 +51,7 @@ class Workload:
     dtype_bytes: int = 2
     gradient_bytes: int = 4
     distributed_optimizer: bool = True
+    moments: int = 2
     recompute: Recompute = "none"
     vocab_multiple: int = 1
     logprob_buffer_bytes: int = 256 * 2**20
@@ -127,12 +129,12 @@ def stage_parameters(work: Workload, stage: int) -> int:
 
 
 def checkpoint_host_bytes(work: Workload, stage: int) -> int:
-    """Host memory of a rank that writes a checkpoint in the background: weights, fp32 masters and two moments.
+    """Host memory of a rank that writes a checkpoint in the background: weights, fp32 masters and moments.
 
     With the distributed optimizer it is the first data-parallel replica that writes, and it writes all of that.
     """
     masters = work.distributed_optimizer or work.dtype_bytes == 2
-    return stage_parameters(work, stage) * (work.dtype_bytes + (12 if masters else 8))
+    return stage_parameters(work, stage) * (work.dtype_bytes + 4 * work.moments + (4 if masters else 0))
 
 
 def _fp32_parameters(work: Workload, stage: int) -> int:
@@ -161,7 +163,7 @@ def _stage(work: Workload, stage: int) -> StageMemory:
     layers = layers_per_chunk(work.architecture, layout)[stage]
     count = stage_parameters(work, stage)
     shards = work.data * layout.context if work.distributed_optimizer else 1
-    state_bytes = 12 if work.dtype_bytes == 2 else 8
+    state_bytes = 4 * work.moments + (4 if work.dtype_bytes == 2 else 0)
     gradient_bytes = 4 if work.dtype_bytes == 4 else work.gradient_bytes
     head = _fp32_parameters(work, stage)
     in_flight = micro_batches_in_flight(layout, stage, work.micro_batches)
@@ -173,7 +175,7 @@ def _stage(work: Workload, stage: int) -> StageMemory:
         parameters=count,
         weights=(count - head) * work.dtype_bytes + head * 4,
         gradients=(count - head) * gradient_bytes + head * 4,
-        optimizer=-(-((count - head) * state_bytes + head * 8) // shards),
+        optimizer=-(-((count - head) * state_bytes + head * 4 * work.moments) // shards),
         reference=((count - head) * work.dtype_bytes + head * 4) * work.resident_copies,
         activations=activations,
         logits=logits,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.layer_spec import row_step
@@ -42,6 +43,7 @@ def workload(config: TrainingConfig, gpus: int | None = None) -> Workload:
         dtype_bytes=4 if config.model.dtype == "float32" else 2,
         gradient_bytes=4 if config.optimizer.gradient_dtype == "float32" else 2,
         distributed_optimizer=config.parallel.distributed_optimizer,
+        moments=2 if config.optimizer.kind == "adamw" else 1,
         recompute=config.train.recompute,
         vocab_multiple=config.model.vocab_multiple,
         logprob_buffer_bytes=config.model.logprob_buffer_mib * 2**20,
@@ -61,7 +63,8 @@ def plan_text(config: TrainingConfig, *, gpu: str = "h100", gpus: int | None = N
     lines = [
         f"{config.run.name}: {work.architecture.parameter_count():,} parameters on {ranks} x {device.name}: "
         f"tensor {layout.tensor}{' (sequence)' if layout.sequence_parallel else ''}, pipeline {layout.pipeline}"
-        f"{f' x {layout.virtual_pipeline} chunks' if layout.virtual_pipeline else ''}, context {layout.context}, "
+        f"{f' x {layout.virtual_pipeline} chunks' if layout.virtual_pipeline else ''}{_uneven(stages)}, "
+        f"context {layout.context}, "
         f"data {work.data}; packs of {work.rows} rows, recompute {work.recompute}",
         "",
         *_table(stages, worst),
@@ -73,6 +76,15 @@ def plan_text(config: TrainingConfig, *, gpu: str = "h100", gpus: int | None = N
         held = max(checkpoint_host_bytes(work, stage.stage) for stage in stages) / GIB
         lines.append(f"host memory while a checkpoint is written: {held:.1f} GiB per rank of the first replica")
     return "\n".join(lines), fits
+
+
+def _uneven(stages: list[StageMemory]) -> str:
+    """Layers per stage where they differ: ` of 5 + 6 x 14 + 3 layers`."""
+    layers = [sum(stage.layers) for stage in stages]
+    if len(set(layers)) < 2:
+        return ""
+    runs = [(count, len(list(run))) for count, run in groupby(layers)]
+    return f" of {' + '.join(f'{times} x {count}' if times > 1 else str(count) for count, times in runs)} layers"
 
 
 def _table(stages: list[StageMemory], worst: StageMemory) -> list[str]:

@@ -1,9 +1,9 @@
-"""AdamW through megatron's optimizers, and the one place where their defects are repaired.
+"""AdamW (or SGD) through megatron's optimizers, and the one place where their defects are repaired.
 
 megatron-core 0.16.1 is written for the fused Adam of Transformer Engine or Apex, which keeps `step` in the parameter
 group. Here torch's AdamW is used everywhere, also where those packages are installed, so that a checkpoint means the
 same on every machine. With it `step` is a tensor per parameter, and four things in `DistributedOptimizer` go wrong
-around checkpoints (the fifth and sixth are wrong with any Adam):
+around checkpoints (the fifth and sixth are wrong with any Adam, the seventh without Adam):
 
 1. `state_dict` asserts that exactly one `step` exists, which fails while the state is empty (a fresh optimizer that is
    about to load): `create_state` makes the state at construction.
@@ -18,6 +18,8 @@ around checkpoints (the fifth and sixth are wrong with any Adam):
    `_sharded_state` gives it the places without padding.
 6. `model_param_group_index_map` numbers a group's parameters as they lie in the buffers, but the group lists fp32 ones
    before the others: with an fp32 head in a bf16 model every look-up is wrong. `number_by_dtype` corrects it.
+7. Its checkpoints know the state of Adam only, so it refuses SGD: `_adam_states` gives them SGD's under Adam's names,
+   and SGD counts its steps too (`sgd.py`).
 
 `Float16OptimizerWithFloat16Params` and `FP32Optimizer` share 1 (their state has no `step` before the first step).
 """
@@ -41,8 +43,10 @@ from torch import Tensor
 from tulu_hpc.config.sections import OptimizerSection
 from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.layout import Groups
+from tulu_hpc.training import sgd
 
 MEGATRON_SHARDED_STATE = megatron_distributed.DistributedOptimizer.sharded_param_state_fully_reshardable
+MEGATRON_STATES = megatron_distributed.DistributedOptimizer._get_main_param_and_optimizer_states
 
 
 def build_optimizer(
@@ -53,7 +57,7 @@ def build_optimizer(
     dtype: torch.dtype,
     distributed: bool,
 ) -> ChainedOptimizer:
-    """Decoupled AdamW over the trainable parameters; norms and other vectors are not decayed.
+    """Decoupled AdamW, or SGD, over the trainable parameters; norms and other vectors are not decayed.
 
     Args:
         chunks: megatron DDP modules (one per virtual pipeline chunk).
@@ -61,7 +65,7 @@ def build_optimizer(
         distributed: shard state and masters over data-parallel (and context-parallel) ranks.
     """
     config = OptimizerConfig(
-        optimizer="adam",
+        optimizer="adam" if section.kind == "adamw" else "sgd",
         lr=section.lr,
         min_lr=0.0,
         weight_decay=section.weight_decay,
@@ -69,6 +73,7 @@ def build_optimizer(
         adam_beta1=section.betas[0],
         adam_beta2=section.betas[1],
         adam_eps=section.eps,
+        sgd_momentum=0.9 if section.momentum is None else section.momentum,
         clip_grad=section.clip_grad,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -79,9 +84,14 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False, pg_collection=groups.pg)
     for inner in torch_optimizers(optimizer):
         for group in inner.param_groups:
-            group["fused"], group["foreach"] = True, False  # one kernel per step on CPU and CUDA alike
+            # megatron leaves the factor of norms, 0, to its own scheduler, which is not used here.
+            group["weight_decay"] = section.weight_decay * group["wd_mult"]
+            # One kernel per step on CPU and CUDA alike.
+            group["fused"], group["foreach"] = isinstance(inner, torch.optim.AdamW), False
     number_by_dtype(optimizer)
     create_state(optimizer)
+    for part in optimizer.chained_optimizers:
+        part.init_state_fn = _state_exists
     return optimizer
 
 
@@ -130,15 +140,24 @@ def _parameters(inner: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def create_state(optimizer: ChainedOptimizer) -> None:
-    """Give every parameter its Adam state at step 0, as its first step would (defect 1)."""
+    """Give every parameter its state at step 0, as its first step would (defect 1)."""
     for inner in torch_optimizers(optimizer):
+        empty = sgd.empty_state if isinstance(inner, torch.optim.SGD) else _empty_adam_state
         for parameter in _parameters(inner):
             if not inner.state[parameter]:
-                inner.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                    "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-                }
+                inner.state[parameter] = empty(parameter)
+
+
+def _empty_adam_state(parameter: Tensor) -> dict[str, Tensor]:
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+    }
+
+
+def _state_exists(*_: Any) -> None:
+    """megatron's hook to make the state before a load; for SGD it has none to call."""
 
 
 def unshare_steps(optimizer: ChainedOptimizer) -> None:
@@ -151,7 +170,7 @@ def unshare_steps(optimizer: ChainedOptimizer) -> None:
 
 
 def optimizer_step(optimizer: ChainedOptimizer) -> int:
-    """Steps done according to Adam's own counters.
+    """Steps done according to the optimizer's own counters.
 
     Raises:
         RuntimeError: the parameters disagree (a shared or half-loaded `step`).
@@ -163,16 +182,26 @@ def optimizer_step(optimizer: ChainedOptimizer) -> int:
 
 
 def use_torch_optimizer() -> None:
-    """Make megatron build torch's AdamW whatever else is installed, and repair its checkpoints (defects 2, 3 and 5).
+    """Make megatron build torch's optimizers whatever else is installed, and repair its checkpoints (2, 3, 5 and 6).
 
     The fused Adams of Transformer Engine and Apex keep no `step` per parameter: the state that `create_state` makes and
     the checkpoints of this module would not fit them.
     """
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
+    megatron_optimizer.SGD = sgd.CountedSGD
+    megatron_distributed.Adam = (torch.optim.AdamW, sgd.CountedSGD)  # what its constructor accepts
     megatron_distributed.HAVE_APEX_OR_TE = False
     megatron_distributed.USING_TE_OPTIMIZER = megatron_distributed.USING_APEX_OPTIMIZER = False
-    megatron_distributed.DistributedOptimizer._set_main_param_and_optimizer_states = _copy_into_state
-    megatron_distributed.DistributedOptimizer.sharded_param_state_fully_reshardable = _sharded_state
+    distributed = megatron_distributed.DistributedOptimizer
+    distributed._set_main_param_and_optimizer_states = _copy_into_state
+    distributed._get_main_param_and_optimizer_states = _adam_states
+    distributed.sharded_param_state_fully_reshardable = _sharded_state
+
+
+def _adam_states(self: Any, model_param: Tensor) -> dict[str, Tensor]:
+    """Master weight and state of a parameter's shard under the names that checkpoints know (defect 7)."""
+    states = MEGATRON_STATES(self, model_param)
+    return {"param": states.pop("param"), **sgd.under_adam_names(states)}
 
 
 @torch.no_grad()
@@ -185,7 +214,7 @@ def _copy_into_state(self: Any, model_param: Tensor, tensors: dict[str, Tensor])
     main_param = self.optimizer.param_groups[group]["params"][order]
     for name, target in {"param": main_param, **self.optimizer.state[main_param]}.items():
         if name != "step" and not (name == "param" and name not in tensors):
-            target.copy_(tensors[name])
+            target.copy_(tensors["exp_avg" if name == "momentum_buffer" else name])
 
 
 def _sharded_state(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator, _p2p_ops
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
@@ -32,42 +32,6 @@ LossFn = Callable[[TokenLogprobs, RankBatch], Terms]
 def row_multiple(layout: Layout, split: Split = "greedy") -> int:
     """The number of rows of a pack must be a multiple of this (`pack(multiple=...)`)."""
     return layout.row_multiple * (2 if split == "zigzag" and layout.context > 1 else 1)
-
-
-class _Communicator(P2PCommunicator):
-    """megatron's, with shapes exchanged in the same order as the tensors that follow them.
-
-    The original exchanges shapes by one batched call whatever the mode, in an order in which two interleaved stages
-    take each other's forward shape for the backward one.
-    """
-
-    def _communicate_shapes(
-        self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
-    ) -> tuple[list[int], list[int]]:
-        device = default_device()
-
-        def shape_of(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else torch.tensor(tensor.shape, dtype=torch.int64, device=device)
-
-        def room(wanted: bool) -> Tensor | None:
-            return torch.zeros(3, dtype=torch.int64, device=device) if wanted else None
-
-        sent = {"tensor_send_prev": shape_of(tensor_send_prev), "tensor_send_next": shape_of(tensor_send_next)}
-        received = {"tensor_recv_prev": room(recv_prev), "tensor_recv_next": room(recv_next)}
-        requests = _p2p_ops(
-            **sent,
-            **received,
-            group=self.pp_group,
-            prev_pipeline_rank=self.prev_rank,
-            next_pipeline_rank=self.next_rank,
-        )
-        for request in requests.values():
-            request.wait()
-        before, after = received.values()
-        return (
-            [0, 0, 0] if before is None else before.tolist(),
-            [0, 0, 0] if after is None else after.tolist(),
-        )
 
 
 @dataclass
@@ -104,10 +68,10 @@ class Runner:
         self._config = get_model_config(self.chunks[0])
         self._config.calculate_per_token_loss = True  # else megatron divides our loss by what it believes are tokens
         if layout.virtual_pipeline:
-            # The batched exchange pairs messages by order alone, which two stages that are each other's previous AND
-            # next stage get wrong; this is also the mode in which communication overlaps.
+            # The batched exchange pairs messages by order alone and sends both directions in one call, which two stages
+            # that are each other's previous AND next stage get wrong; this is also the mode that overlaps.
             self._config.batch_p2p_comm, self._config.overlap_p2p_comm = False, True
-        self._p2p = _Communicator(self.groups.pg.pp, self._config) if layout.pipeline > 1 else None
+        self._p2p = P2PCommunicator(self.groups.pg.pp, self._config) if layout.pipeline > 1 else None
 
     def prepare(self, packs: Sequence[PackedBatch]) -> list[RankBatch]:
         """This rank's part of each pack. The interleaved schedule needs whole groups of micro-batches, and every

@@ -102,21 +102,11 @@ def build_trainer(
         total_steps: optimizer steps of the whole run; the schedule ends there.
 
     Raises:
-        ValueError: gradients of lower precision than the model's, or parameters gathered late where two pipeline stages
-            share the embedding, or an fp32 head without the distributed optimizer; megatron has none of these.
+        ValueError: gradients of lower precision than the model's, or an fp32 head without the distributed optimizer;
+            megatron has neither.
     """
     if optimizer.gradient_dtype == "bfloat16" and model.dtype != "bfloat16":
         raise ValueError(f"optimizer.gradient_dtype is bfloat16 but model.dtype is {model.dtype}")
-    if (
-        parallel.overlap_param_gather
-        and architecture.tie_word_embeddings
-        and parallel.pipeline > 1
-        and parallel.virtual_pipeline is None
-    ):
-        raise ValueError(
-            f"parallel.overlap_param_gather does not work with tied embeddings on parallel.pipeline = "
-            f"{parallel.pipeline} stages: set it to false, or parallel.virtual_pipeline to 2 or more"
-        )
     if model.precision != model.dtype and not parallel.distributed_optimizer:
         # megatron's other optimizer for bf16 writes no checkpoint of a model with fp32 parameters in it.
         raise ValueError("model.fp32_head in a bfloat16 model needs parallel.distributed_optimizer")
@@ -193,7 +183,7 @@ def wrap_data_parallel(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
-        bucket_size=None,
+        bucket_size=parallel.gradient_bucket_size,
     )
     wrapped = [
         DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0, pg_collection=groups.pg)
