@@ -176,7 +176,14 @@ class TestReferenceCache:
         pairs = tiny.make_items("ppppp")
         wanted = self.columns(run_forked(1, self.attach, model, tmp_path / "a", pairs)[0])
         for parallel in (PLAIN, ParallelSection(tensor=2), ParallelSection(pipeline=2), ParallelSection(context=2)):
-            for found in run_forked(2, self.attach, model, tmp_path / str(parallel), pairs[::-1], parallel):
+            for found in run_forked(
+                2,
+                self.attach,
+                model,
+                tmp_path / f"{parallel.tensor}{parallel.pipeline}{parallel.context}",
+                pairs[::-1],
+                parallel,
+            ):
                 got = self.columns(found)
                 assert got.keys() == wanted.keys()
                 for key, sums in wanted.items():
