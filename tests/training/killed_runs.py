@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import re
@@ -37,6 +38,7 @@ def start_forked(verb: str, config_path: Path, log: Path, *, fault: tuple[int, i
         fault: (rank, n): this rank kills itself at its n-th event of `kill_points`; n = 0 only counts (`log`.events).
     """
     store = log.with_name(f"store-{time.monotonic_ns()}")
+    gc.collect()  # a process group of the parent must not die in a child: its threads are not there
     sys.stdout.flush()
     pids = []
     for rank in range(RANKS):
@@ -128,7 +130,7 @@ def uninterrupted(
     config_path = prepare(inputs, folder / "whole", verb, **changes)
     started = time.monotonic()
     codes = wait_all(start_forked(verb, config_path, folder / "whole.log", fault=fault))
-    assert codes == [0] * RANKS, (folder / "whole.log").read_text()
+    assert codes == [0] * RANKS, f"exit codes {codes}\n{(folder / 'whole.log').read_text()}"
     return outcome(folder / "whole"), time.monotonic() - started
 
 
