@@ -127,4 +127,5 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def same_metrics(run: Path) -> list[dict[str, Any]]:
     """Metrics without what depends on the clock."""
     rows = metrics(run)
-    return [{k: v for k, v in row.items() if k != "time" and not k.startswith(("timing/", "perf/"))} for row in rows]
+    machine = ("timing/", "perf/", "memory/", "straggler/")
+    return [{k: v for k, v in row.items() if k != "time" and not k.startswith(machine)} for row in rows]
