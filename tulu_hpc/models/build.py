@@ -20,6 +20,7 @@ from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.models.attention import CoreAttention, LlamaAttention
 from tulu_hpc.models.llama import Llama
 from tulu_hpc.models.norm import RMSNorm
+from tulu_hpc.models.scalar_head import Head
 from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.layout import Groups, Layout, LayoutError
 
@@ -160,6 +161,7 @@ def build_model(
     logprob_buffer_bytes: int | None = None,
     device: torch.device | str | None = None,
     deterministic: bool = False,
+    head: Head = "logprobs",
 ) -> list[Llama]:
     """The model chunks of this rank, one per virtual pipeline stage, weights NOT initialised (`convert.load_hf`).
 
@@ -172,6 +174,7 @@ def build_model(
         logprob_buffer_bytes: largest buffer of logits; None: the kernel's default.
         device: None: this process's device; "meta": shapes only.
         deterministic: only deterministic kernels inside megatron.
+        head: `value` gives a scalar head (reward and value models) instead of the vocabulary.
 
     Raises:
         LayoutError: the model cannot be split this way.
@@ -206,11 +209,13 @@ def build_model(
                 pre_process=groups.is_first_stage and index == 0,
                 post_process=groups.is_last_stage and index == last,
                 position_embedding_type="none",  # Llama rotates by position id itself
-                share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+                share_embeddings_and_output_weights=architecture.tie_word_embeddings and head == "logprobs",
                 parallel_output=True,
                 pg_collection=groups.pg,
                 vp_stage=vp_stage,
             )
+            if head == "value":
+                chunk.use_scalar_head()
         _mark_split_weights(chunk)
         chunk.finish(architecture, logprob_buffer_bytes)
         chunks.append(chunk)

@@ -20,8 +20,9 @@ from torch import Tensor
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.models.build import check_layout, unwrap
 from tulu_hpc.models.llama import Llama
-from tulu_hpc.models.names import HEAD, IGNORED, Mapping, hf_shapes, mapping, merge_shards, read_local
+from tulu_hpc.models.names import HEAD, IGNORED, SCORE, Mapping, hf_shapes, mapping, merge_shards, read_local
 from tulu_hpc.models.safetensors_files import HfDirectory, published, write_shards
+from tulu_hpc.models.scalar_head import Head, new_head_weight
 from tulu_hpc.parallel.layout import Groups
 
 # What belongs to a model directory beside weights and config.json.
@@ -32,20 +33,34 @@ _COPIED = (
 
 
 @torch.no_grad()
-def load_hf(chunks: Sequence[torch.nn.Module], path: str | Path, architecture: Architecture, groups: Groups) -> None:
+def load_hf(
+    chunks: Sequence[torch.nn.Module],
+    path: str | Path,
+    architecture: Architecture,
+    groups: Groups,
+    *,
+    new_head_seed: int | None = None,
+) -> None:
     """Fill the model chunks of this rank from a Hugging Face directory; vocabulary padding becomes zero.
 
     Args:
         chunks: from `build_model` (wrapped by megatron or not).
         path: directory with safetensors.
+        new_head_seed: of a model with a scalar head: draw the head by this seed where the directory has none (a
+            language model); None: it must have one.
 
     Raises:
         ValueError: a missing, unexpected or differently shaped tensor, named with the directory.
     """
     check_layout(architecture, groups.layout)
     directory = HfDirectory(path)
-    _check_tensors(directory, architecture)
+    head = unwrap(chunks[0]).head
+    new_head = head == "value" and new_head_seed is not None and SCORE not in directory.file_of
+    _check_tensors(directory, architecture, head, new_head=new_head)
     for name, parameter, mapped in _parameters(chunks, architecture):
+        if new_head and mapped.hf_names == (SCORE,):
+            parameter.copy_(new_head_weight(architecture.hidden_size, new_head_seed or 0))
+            continue
         local = read_local(mapped, directory.read, parameter.shape, groups.tp_rank, groups.tp_size, architecture)
         if local.shape != parameter.shape:
             raise ValueError(f"{path}: {name} assembled as {tuple(local.shape)}, wanted {tuple(parameter.shape)}")
@@ -53,10 +68,16 @@ def load_hf(chunks: Sequence[torch.nn.Module], path: str | Path, architecture: A
     directory.close()
 
 
-def _check_tensors(directory: HfDirectory, architecture: Architecture) -> None:
-    shapes = hf_shapes(architecture)
+def _check_tensors(directory: HfDirectory, architecture: Architecture, head: Head, *, new_head: bool) -> None:
+    shapes = hf_shapes(architecture, head)
     found = {name for name in directory.file_of if not IGNORED.match(name)}
-    if architecture.tie_word_embeddings:
+    if new_head:
+        del shapes[SCORE]
+    elif head == "value" and SCORE not in found:
+        raise ValueError(f"{directory.path}: has no {SCORE}: it is a language model, not a reward model")
+    if head == "logprobs" and SCORE in found:
+        raise ValueError(f"{directory.path}: has {SCORE}: it is a reward model, not a language model")
+    if architecture.tie_word_embeddings or new_head:
         found.discard(HEAD)  # a copy of the embedding that some exporters write
     missing, unexpected = sorted(shapes.keys() - found), sorted(found - shapes.keys())
     if missing or unexpected:
@@ -186,8 +207,9 @@ def save_hf(
         try:
             with published(Path(path)) as staging:
                 whole = ((name, tensor) for name, tensor in stream if tensor is not None)
-                write_shards(whole, staging, hf_shapes(architecture), dtype, max_shard_bytes)
-                write_config(staging, architecture, dtype, source=Path(source))
+                head = unwrap(chunks[0]).head
+                write_shards(whole, staging, hf_shapes(architecture, head), dtype, max_shard_bytes)
+                write_config(staging, architecture, dtype, source=Path(source), head=head)
                 copy_companions(Path(source), staging)
                 if chat_template is not None:
                     (staging / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
@@ -200,7 +222,13 @@ def save_hf(
         raise RuntimeError(failure)
 
 
-def write_config(directory: Path, architecture: Architecture, dtype: torch.dtype, source: Path | None = None) -> None:
+def write_config(
+    directory: Path,
+    architecture: Architecture,
+    dtype: torch.dtype,
+    source: Path | None = None,
+    head: Head = "logprobs",
+) -> None:
     """Write `config.json`; special token ids are taken over from the source's where it has them."""
     config: dict[str, Any] = {}
     original = source / "config.json" if source is not None else None
@@ -211,8 +239,19 @@ def write_config(directory: Path, architecture: Architecture, dtype: torch.dtype
     config.update(
         architectures=["LlamaForCausalLM"], model_type="llama", dtype=str(dtype).removeprefix("torch."), use_cache=True
     )
+    if head == "value":
+        config.update(
+            architectures=["LlamaForSequenceClassification"], id2label={"0": "reward"}, label2id={"reward": 0}
+        )
+        if config.get("pad_token_id") in _ids(config.get("eos_token_id")):
+            # transformers reads the score at the last token that is not padding: it would pass over the end-of-text.
+            del config["pad_token_id"]
     config["torch_dtype"] = config["dtype"]  # the name of the key before transformers 5
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def copy_companions(source: Path, directory: Path) -> None:

@@ -16,6 +16,7 @@ from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.sections import ModelSection, OptimizerSection, ParallelSection
 from tulu_hpc.models.build import build_model
 from tulu_hpc.models.convert import load_hf
+from tulu_hpc.models.scalar_head import Head
 from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.training.optimizer import build_optimizer
@@ -73,11 +74,14 @@ def build_trainer(
     groups: Groups,
     architecture: Architecture,
     load_weights: bool = True,
+    head: Head = "logprobs",
+    new_head_seed: int | None = None,
 ) -> Trainer:
     """Build, load `model.path` (unless a checkpoint follows: `load_weights=False`), wrap.
 
     Args:
         total_steps: optimizer steps of the whole run; the schedule ends there.
+        head, new_head_seed: as in `load_model`.
 
     Raises:
         ValueError: gradients of lower precision than the model's, or parameters gathered late where two pipeline stages
@@ -88,6 +92,7 @@ def build_trainer(
     if (
         parallel.overlap_param_gather
         and architecture.tie_word_embeddings
+        and head == "logprobs"
         and parallel.pipeline > 1
         and parallel.virtual_pipeline is None
     ):
@@ -95,7 +100,15 @@ def build_trainer(
             f"parallel.overlap_param_gather does not work with tied embeddings on parallel.pipeline = "
             f"{parallel.pipeline} stages: set it to false, or parallel.virtual_pipeline to 2 or more"
         )
-    chunks = load_model(model, groups, architecture, recompute=recompute, load_weights=load_weights)
+    chunks = load_model(
+        model,
+        groups,
+        architecture,
+        recompute=recompute,
+        load_weights=load_weights,
+        head=head,
+        new_head_seed=new_head_seed,
+    )
     wrapped = wrap_data_parallel(chunks, parallel, optimizer, groups)
     schedule = Schedule(
         lr=optimizer.lr,
@@ -125,8 +138,16 @@ def load_model(
     *,
     recompute: Literal["none", "selective", "full"] = "none",
     load_weights: bool = True,
+    head: Head = "logprobs",
+    new_head_seed: int | None = None,
 ) -> list[Any]:
-    """This rank's model chunks with the weights of `model.path` (a policy to be wrapped, or a reference)."""
+    """This rank's model chunks with the weights of `model.path` (a policy to be wrapped, or a reference).
+
+    Args:
+        head: `value` for reward and value models: with `Runner.values` the start of PPO's value model is the export of
+            a reward model, read here with `head="value"`.
+        new_head_seed: draw a scalar head by this seed where `model.path` is a language model; None: it must have one.
+    """
     chunks = build_model(
         architecture,
         groups,
@@ -136,9 +157,10 @@ def load_model(
         logprob_buffer_bytes=model.logprob_buffer_mib * 2**20,
         # The embedding's gradient: torch does not refuse F.embedding on CUDA, but its sums have no fixed order.
         deterministic=default_device().type == "cuda" and torch.are_deterministic_algorithms_enabled(),
+        head=head,
     )
     if load_weights:
-        load_hf(chunks, Path(model.path), architecture, groups)
+        load_hf(chunks, Path(model.path), architecture, groups, new_head_seed=new_head_seed)
     return chunks
 
 
