@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.sections import (
     DataSection,
     FileName,
+    LoopSection,
     ModelSection,
     OptimizerSection,
     ParallelSection,
@@ -103,6 +104,7 @@ class StageConfig(Section):
     data: DataSection
     optimizer: OptimizerSection
     telemetry: TelemetrySection = TelemetrySection()
+    train: LoopSection
 
 
 class SftConfig(StageConfig):
@@ -119,6 +121,33 @@ class SftConfig(StageConfig):
 class DpoConfig(StageConfig):
     train: TrainSection
     dpo: DpoSection = DpoSection()
+
+
+class RewardModelSection(Section):
+    eval_path: list[str] = Field(
+        default_factory=list, description="Held-out pairs, as data.path; scored, never trained on."
+    )
+    eval_every: int | None = Field(
+        default=None, ge=1, description="Steps between evaluations; empty: only after the last."
+    )
+
+    @field_validator("eval_path", mode="before")
+    @classmethod
+    def _one_path(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _has_data(self) -> Self:
+        if self.eval_every is not None and not self.eval_path:
+            raise ValueError("eval_every is given, but no eval_path")
+        return self
+
+
+class RewardModelConfig(StageConfig):
+    """A scalar head on the model at `model.path`: a new one on a language model, or the one of a reward model."""
+
+    train: TrainSection
+    rm: RewardModelSection = RewardModelSection()
 
 
 class RlvrConfig(StageConfig):

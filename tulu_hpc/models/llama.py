@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from tulu_hpc.config.architecture import Architecture
@@ -86,6 +87,14 @@ class Llama(GPTModel):
         if self.post_process:
             del self.output_layer
             self.score = ScalarHead(self.config)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Which part of which global tensor this rank holds, for checkpoints."""
+        if self.head == "value":  # GPTModel's own looks for the vocabulary head
+            return dict(MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata))
+        return dict(super().sharded_state_dict(prefix, sharded_offsets, metadata))
 
     def local_vocab(self) -> tuple[Tensor, int]:
         """This rank's rows of the head without vocabulary padding ([<= Vl, H]) and the first one's token id."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from tulu_hpc.objectives.sources import pair_source_metrics
 from tulu_hpc.objectives.terms import Metric, Terms, sequence_sums
 
 
@@ -28,7 +31,7 @@ def pair_scores(
 
 
 def pair_losses(scores_P2: Tensor) -> Tensor:
-    """[P] -log sigmoid(chosen - rejected), the negative log-likelihood of the Bradley-Terry model [2203.02155 eq. 1]."""
+    """[P] -log sigmoid(chosen - rejected), Bradley-Terry's negative log-likelihood [2203.02155 eq. 1]."""
     return -F.logsigmoid(scores_P2[:, 0] - scores_P2[:, 1])
 
 
@@ -45,12 +48,20 @@ def pair_metrics(scores_P2: Tensor) -> dict[str, Tensor]:
     }
 
 
-def reward_terms(scores_P2: Tensor, *, global_pairs: int, cp_group: ProcessGroup | None = None) -> Terms:
+def reward_terms(
+    scores_P2: Tensor,
+    *,
+    global_pairs: int,
+    cp_group: ProcessGroup | None = None,
+    sources: Sequence[str] = (),
+    source_names: Sequence[str] = (),
+) -> Terms:
     """Loss of the pack's pairs over the pairs of the global batch, and the means of `pair_metrics` over pairs.
 
     Args:
         scores_P2: from `pair_scores`, the same on every context-parallel rank.
         global_pairs: pairs of the global batch, all ranks.
+        sources, source_names: of the pack's pairs, and of the whole run (none: no metrics by source).
 
     Raises:
         ValueError: no pair in the global batch.
@@ -61,4 +72,7 @@ def reward_terms(scores_P2: Tensor, *, global_pairs: int, cp_group: ProcessGroup
     counted = 1.0 if cp_group is None or cp_group.rank() == 0 else 0.0
     pairs = scores_P2.shape[0] * counted
     metrics: dict[str, Metric] = {name: (value * counted, pairs) for name, value in pair_metrics(scores_P2).items()}
+    metrics |= pair_source_metrics(
+        lambda pairs: pair_metrics(scores_P2[pairs]), sources, source_names, device=scores_P2.device, counted=counted
+    )
     return Terms(loss=pair_losses(scores_P2).sum() / global_pairs, metrics=metrics)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.loader import ConfigError
-from tulu_hpc.config.schema import RlvrConfig
+from tulu_hpc.config.schema import RewardModelConfig, RlvrConfig
 from tulu_hpc.config.verbs import TrainingConfig
 from tulu_hpc.parallel.layout import LayoutError, layout_of
 from tulu_hpc.planner.hardware import GIB, RESERVED_BYTES, Gpu, find_gpu
@@ -46,6 +46,7 @@ def workload(config: TrainingConfig, gpus: int | None = None) -> Workload:
         logprob_buffer_bytes=config.model.logprob_buffer_mib * 2**20,
         resident_copies=copies,
         cache_tokens=cache,
+        head="value" if isinstance(config, RewardModelConfig) else "logprobs",
     )
 
 
@@ -57,7 +58,7 @@ def plan_text(config: TrainingConfig, *, gpu: str = "h100", gpus: int | None = N
     worst = max(stages, key=lambda stage: stage.total)
     ranks = layout.model_parallel * work.data
     lines = [
-        f"{config.run.name}: {work.architecture.parameter_count():,} parameters on {ranks} x {device.name}: "
+        f"{config.run.name}: {_parameters(work):,} parameters on {ranks} x {device.name}: "
         f"tensor {layout.tensor}{' (sequence)' if layout.sequence_parallel else ''}, pipeline {layout.pipeline}"
         f"{f' x {layout.virtual_pipeline} chunks' if layout.virtual_pipeline else ''}, context {layout.context}, "
         f"data {work.data}; packs of {work.rows} rows, recompute {work.recompute}",
@@ -68,6 +69,15 @@ def plan_text(config: TrainingConfig, *, gpu: str = "h100", gpus: int | None = N
     fits = worst.total + RESERVED_BYTES <= device.memory_bytes
     lines += _verdict(work, worst, device, fits)
     return "\n".join(lines), fits
+
+
+def _parameters(work: Workload) -> int:
+    """Of the whole model, vocabulary as given."""
+    architecture = work.architecture
+    if work.head == "logprobs":
+        return architecture.parameter_count()
+    untied = 0 if architecture.tie_word_embeddings else architecture.vocab_size
+    return architecture.parameter_count() - (untied - 1) * architecture.hidden_size
 
 
 def _table(stages: list[StageMemory], worst: StageMemory) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tulu_hpc.config.schema import DpoConfig
@@ -9,6 +10,7 @@ from tulu_hpc.data.loader import StepData
 from tulu_hpc.data.packed_batch import Item
 from tulu_hpc.models.llama import TokenLogprobs
 from tulu_hpc.objectives.preference import preference_terms
+from tulu_hpc.objectives.sources import source_names
 from tulu_hpc.objectives.terms import Terms, own_targets, sequence_lengths
 from tulu_hpc.parallel.context import RankBatch
 from tulu_hpc.stages import training_run
@@ -45,7 +47,8 @@ def run(config: DpoConfig) -> Path:
         items = add_reference(run, config, trainer, items, pad_id)
     loader = training_run.make_loader(run, items, pad_id=pad_id)
     training_run.resume(run, trainer, loader)
-    training_run.fit(run, trainer, loader, lambda data: batch_loss(run, config, data))
+    names = source_names(items)
+    training_run.fit(run, trainer, loader, lambda data: batch_loss(run, config, data, names))
     return training_run.finish(run, trainer)
 
 
@@ -65,7 +68,7 @@ def add_reference(run: Run, config: DpoConfig, trainer: Trainer, items: list[Ite
         )
 
 
-def batch_loss(run: Run, config: DpoConfig, data: StepData) -> LossFn:
+def batch_loss(run: Run, config: DpoConfig, data: StepData, names: Sequence[str] = ()) -> LossFn:
     """The loss of one global batch: the mean over its pairs."""
     group = run.groups.pg.cp if run.groups.cp_size > 1 else None
 
@@ -83,6 +86,8 @@ def batch_loss(run: Run, config: DpoConfig, data: StepData) -> LossFn:
             kind=config.dpo.kind,
             beta=config.dpo.beta,
             cp_group=group,
+            sources=pack.sources,
+            source_names=names,
             label_smoothing=config.dpo.label_smoothing,
             gamma=config.dpo.gamma,
             sft_weight=config.dpo.sft_weight,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +12,9 @@ from typing import Any, Literal
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.run_directory import RunDirectory
-from tulu_hpc.config.schema import DpoConfig, RlvrConfig, SftConfig
+from tulu_hpc.config.schema import RlvrConfig
 from tulu_hpc.config.sections import ModelSection, RlvrTrainSection, TrainSection
+from tulu_hpc.config.verbs import TrainingConfig
 from tulu_hpc.data import sample_log
 from tulu_hpc.data.chat_template import ChatTemplate
 from tulu_hpc.data.loader import ItemLoader, StepData
@@ -21,6 +22,7 @@ from tulu_hpc.data.packed_batch import Item
 from tulu_hpc.data.sample_log import SampleLog
 from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.models.convert import save_hf
+from tulu_hpc.models.scalar_head import Head
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
 from tulu_hpc.stages.training_data import read_items, write_preview
 from tulu_hpc.telemetry.metrics import MetricLogger
@@ -39,7 +41,7 @@ class Run:
     """An opened run on this process."""
 
     verb: str
-    config: SftConfig | DpoConfig | RlvrConfig
+    config: TrainingConfig
     groups: Groups
     directory: RunDirectory
     architecture: Architecture
@@ -74,7 +76,7 @@ class Run:
         return self.directory.root
 
 
-def open_run(config: SftConfig | DpoConfig | RlvrConfig, verb: str) -> Run:
+def open_run(config: TrainingConfig, verb: str) -> Run:
     """Start the processes' groups and open (or reopen) the run directory.
 
     Raises:
@@ -105,18 +107,21 @@ def read_architecture(model: ModelSection) -> Architecture:
     return found
 
 
-def load_items(run: Run, kind: Literal["sft", "preference"]) -> tuple[list[Item], int]:
-    """Every item of `data.path`, tokenised, and the token that pads packs.
+def load_items(
+    run: Run, kind: Literal["sft", "preference"], paths: Sequence[str] | None = None
+) -> tuple[list[Item], int]:
+    """Every item of `paths` (None: `data.path`), tokenised, and the token that pads packs.
 
     Raises:
         RecordError: a malformed row with its file, line and field (unless data.on_error is skip: counted and reported).
         MaskProofError: a conversation whose label mask cannot be proven, with the span.
     """
     tokenizer = load_tokenizer(run.config.model.path, run.architecture.vocab_size)
-    items, lines = read_items(run.config.data, tokenizer, kind, run.say)
+    data = run.config.data if paths is None else run.config.data.model_copy(update={"path": list(paths)})
+    items, lines = read_items(data, tokenizer, kind, run.say)
     assert not isinstance(run.config, RlvrConfig)  # has prompts, not items
     rows = run.config.train.preview_rows
-    if items and rows and run.groups.is_main:
+    if items and rows and paths is None and run.groups.is_main:
         title = f"{run.config.run.name}: what is trained"
         write_preview(run.directory.masks, items, tokenizer, title=title, rows=rows, lines=lines)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -144,8 +149,8 @@ def make_loader(run: Run, items: list[Item], *, pad_id: int) -> ItemLoader:
     )
 
 
-def make_trainer(run: Run, *, total_steps: int, load_weights: bool = True) -> Trainer:
-    """The model of the configuration, ready to train."""
+def make_trainer(run: Run, *, total_steps: int, load_weights: bool = True, head: Head = "logprobs") -> Trainer:
+    """The model of the configuration, ready to train; a scalar head that `model.path` lacks is drawn by run.seed."""
     config = run.config
     return build_trainer(
         model=config.model,
@@ -156,6 +161,8 @@ def make_trainer(run: Run, *, total_steps: int, load_weights: bool = True) -> Tr
         groups=run.groups,
         architecture=run.architecture,
         load_weights=load_weights,
+        head=head,
+        new_head_seed=config.run.seed,
     )
 
 
@@ -169,11 +176,19 @@ def resume(run: Run, trainer: Trainer, loader: ItemLoader) -> None:
     run.say(f"resumed at step {step} of {loader.num_steps}")
 
 
-def fit(run: Run, trainer: Trainer, loader: ItemLoader, make_loss: Callable[[StepData], LossFn]) -> None:
+def fit(
+    run: Run,
+    trainer: Trainer,
+    loader: ItemLoader,
+    make_loss: Callable[[StepData], LossFn],
+    *,
+    evaluate: Callable[[int], dict[str, float]] = lambda step: {},
+) -> None:
     """Train to the end of the loader; log, save, and stop early when asked to.
 
     Args:
         make_loss: the loss of one global batch, from that batch's data (its denominators).
+        evaluate: called on every rank after each step with its number; what it returns is logged with the step.
 
     Raises:
         Preempted: the run was asked to stop; its state is saved.
@@ -201,9 +216,11 @@ def fit(run: Run, trainer: Trainer, loader: ItemLoader, make_loss: Callable[[Ste
             loaded = time.perf_counter()
             result = train_step(trainer, data.packs, loss, stop_requested=stop.pending())
             samples.write(result.step, [i for pack in data.packs for i in pack.item_ids], batch=data.num_items_global)
-            if main and (result.step % train.log_every == 0 or result.step == total):
-                elapsed = time.perf_counter() - started
-                logger.log(result.step, _metrics(result, elapsed, loaded - started, run.groups.world_size))
+            elapsed = time.perf_counter() - started
+            evaluated = evaluate(result.step)
+            if main and (result.step % train.log_every == 0 or result.step == total or evaluated):
+                shown = _metrics(result, elapsed, loaded - started, run.groups.world_size)
+                logger.log(result.step, {**shown, **evaluated})
             progress.update(result.step, tokens=result.rows, loss=f"{result.loss:.7f}", lr=result.lr)
             last = result.step == total
             if last or result.stop_requested or (train.save_every and result.step % train.save_every == 0):
@@ -258,7 +275,7 @@ def finish(run: Run, trainer: Trainer) -> Path:
     return run.directory.root
 
 
-def exported_template(config: SftConfig | DpoConfig | RlvrConfig) -> str | None:
+def exported_template(config: TrainingConfig) -> str | None:
     """The template trained with, where it is not the tokenizer's own: who loads the export must prompt by it."""
     tokenizer = load_tokenizer(config.model.path)
     source = ChatTemplate.load(config.data.chat_template, tokenizer).source

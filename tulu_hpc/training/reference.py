@@ -16,52 +16,23 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
-from torch import Tensor
 
-from tulu_hpc.data.loader import deal, pack_items
-from tulu_hpc.data.packed_batch import Item, PackedBatch, rows_of
-from tulu_hpc.objectives.terms import sequence_sums
+from tulu_hpc.data.packed_batch import Item
 from tulu_hpc.parallel.layout import Groups
-from tulu_hpc.training.runner import Runner, row_multiple
+from tulu_hpc.training.pair_sums import PackOptions, Sums, compute_sums, item_key
+from tulu_hpc.training.runner import Runner
 
 COLUMN = "reference_logprobs"  # per-sequence column of items and packs: sum over the scored tokens
-Sums = tuple[float, float]  # of (chosen, rejected)
 
 
 class ReferenceError(ValueError):
     """The cache does not agree with the reference model."""
-
-
-@dataclass(frozen=True)
-class PackOptions:
-    """How pairs are packed for the forward passes (as in training)."""
-
-    pack_rows: int
-    share: bool = True
-    pad_id: int = 0
-
-
-def item_key(item: Item) -> str:
-    """Content hash of a pair: prompt, responses and which of their tokens are scored."""
-    digest = xxhash.xxh3_128()
-    for part in (item.prompt, *(response.tokens for response in item.responses)):
-        _update(digest, part)
-    for response in item.responses:
-        if response.mask is not None:
-            _update(digest, response.mask.bool())
-    return digest.hexdigest()
-
-
-def _update(digest: Any, tensor: Tensor) -> None:
-    digest.update(f"{tensor.dtype}{tensor.numel()};".encode())
-    digest.update(tensor.contiguous().numpy().tobytes())
 
 
 def weights_fingerprint(path: Path, groups: Groups, *, dtype: str) -> str:
@@ -178,31 +149,6 @@ def attach_reference(
         replace(item, per_sequence={**item.per_sequence, COLUMN: list(sums)})
         for item, sums in zip(items, columns, strict=True)
     ]
-
-
-def compute_sums(keyed: dict[str, Item], runner: Runner, options: PackOptions) -> dict[str, Sums]:
-    """Sums of the log-probs of both responses of each pair, on every rank; data-parallel ranks share the work."""
-    groups = runner.groups
-    # The key travels as the item's id, so that it can be read off the packs.
-    items = [replace(item, id=key, per_sequence={}, per_target={}) for key, item in keyed.items()]
-    share = deal([rows_of(item, options.share) for item in items], groups.dp_size)[groups.dp_rank]
-    packs = pack_items(
-        [items[i] for i in share],
-        capacity=options.pack_rows,
-        multiple=row_multiple(groups.layout, runner.split),
-        share=options.share,
-        pad_id=options.pad_id,
-    )
-    mine: dict[str, Sums] = {}
-    for pack, logprobs_K in zip(packs, runner.logprobs(packs), strict=True):
-        mine.update(_pair_sums(pack, logprobs_K))
-    return {key: sums for part in groups.all_gather_object(mine) for key, sums in part.items()}
-
-
-def _pair_sums(pack: PackedBatch, logprobs_K: Tensor) -> Iterable[tuple[str, Sums]]:
-    sums_Q = sequence_sums(logprobs_K, pack.sequence_id_K.to(logprobs_K.device), pack.num_sequences).cpu()
-    pairs = [(chosen, rejected) for chosen, rejected in sums_Q[pack.pairs_P2.cpu()].tolist()]
-    return zip(pack.item_ids, pairs, strict=True)
 
 
 def _verify(
