@@ -23,13 +23,21 @@ def sft(config: ConfigPath, overrides: Overrides = None, print_config: PrintConf
     load_and_run(config, overrides, SftConfig, print_config, stage)
 
 
-def dpo(config: ConfigPath, overrides: Overrides = None, print_config: PrintConfig = False) -> None:
+def dpo(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    only_reference: Annotated[
+        bool,
+        typer.Option("--only-reference", help="Fill dpo.reference_cache in advance, anywhere, and stop."),
+    ] = False,
+    print_config: PrintConfig = False,
+) -> None:
     """Direct preference optimisation (dpo, dpo_norm, ipo, simpo, ...)."""
 
     def stage() -> Callable[[DpoConfig], Any]:
         from tulu_hpc.stages import dpo
 
-        return dpo.run
+        return dpo.compute_reference if only_reference else dpo.run
 
     load_and_run(config, overrides, DpoConfig, print_config, stage)
 

@@ -55,8 +55,13 @@ class DpoSection(Section):
     kl_baseline: float = Field(default=0.0, ge=0, description="Of kto: log-ratio that counts as neutral.")
     desirable_weight: float = Field(default=1.0, ge=0, description="Of kto.")
     undesirable_weight: float = Field(default=1.0, ge=0, description="Of kto.")
+    reference: Literal["cached", "resident"] = Field(
+        default="cached",
+        description="Log-probs of model.path on all pairs before the first step, kept on disk; or a second model in "
+        "memory that reads each step's packs.",
+    )
     reference_cache: str | None = Field(
-        default=None, description="Directory of reference log-probs; empty: in run.dir."
+        default=None, description="Directory of reference log-probs (may be made elsewhere); empty: in run.dir."
     )
 
     @model_validator(mode="after")
@@ -65,6 +70,10 @@ class DpoSection(Section):
             raise ValueError(f"{self.kind} has no label_smoothing")
         if self.kind == "cdpo" and not self.label_smoothing:
             raise ValueError("cdpo needs label_smoothing > 0; without it, it is dpo")
+        if self.reference == "resident" and not self.needs_reference:
+            raise ValueError(f"{self.kind} needs no reference")
+        if self.reference == "resident" and self.reference_cache is not None:
+            raise ValueError("a resident reference has no reference_cache")
         if self.gamma and self.kind != "simpo":
             raise ValueError(f"gamma is the margin of simpo, {self.kind} has none")
         if self.kind == "kto":
@@ -73,6 +82,10 @@ class DpoSection(Section):
         elif self.kl_baseline or (self.desirable_weight, self.undesirable_weight) != (1, 1):
             raise ValueError(f"kl_baseline, desirable_weight and undesirable_weight belong to kto, not to {self.kind}")
         return self
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kind not in ("simpo", "orpo")
 
 
 class RlvrSection(Section):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.loader import ConfigError
-from tulu_hpc.config.schema import RewardModelConfig, RlvrConfig
+from tulu_hpc.config.schema import DpoConfig, RewardModelConfig, RlvrConfig
 from tulu_hpc.config.verbs import TrainingConfig
 from tulu_hpc.parallel.layout import LayoutError, layout_of
 from tulu_hpc.planner.hardware import GIB, RESERVED_BYTES, Gpu, find_gpu
@@ -29,6 +29,8 @@ def workload(config: TrainingConfig, gpus: int | None = None) -> Workload:
             raise ConfigError(f"model.architecture is not given, and {error}") from error
     layout = layout_of(config.parallel)
     copies = cache = 0
+    if isinstance(config, DpoConfig):
+        copies = int(config.dpo.reference == "resident")
     if isinstance(config, RlvrConfig):
         copies = int(config.rlvr.kl_coef > 0)
         rollout = config.rollout

@@ -83,14 +83,19 @@ def open_run(config: TrainingConfig, verb: str) -> Run:
         ConfigError: the directory holds another run, or the model is not the expected one.
         LayoutError: the number of processes does not fit the layout.
     """
+    groups, architecture = join(config)
+    directory = RunDirectory.open(config, verb=verb, is_main=groups.is_main, broadcast=groups.broadcast_object)
+    checkpoint.clean(directory.checkpoints, groups)
+    return Run(verb, config, groups, directory, architecture)
+
+
+def join(config: TrainingConfig) -> tuple[Groups, Architecture]:
+    """Start the processes' groups and read the shape of the model; without a run directory."""
     determinism.configure(deterministic=config.run.deterministic, threads=config.run.threads)
     groups = initialize(
         layout_of(config.parallel), seed=config.run.seed, timeout_minutes=config.run.distributed_timeout_minutes
     )
-    architecture = read_architecture(config.model)
-    directory = RunDirectory.open(config, verb=verb, is_main=groups.is_main, broadcast=groups.broadcast_object)
-    checkpoint.clean(directory.checkpoints, groups)
-    return Run(verb, config, groups, directory, architecture)
+    return groups, read_architecture(config.model)
 
 
 def read_architecture(model: ModelSection) -> Architecture:
@@ -212,8 +217,8 @@ def fit(
         while trainer.step < total:
             started = time.perf_counter()
             data = loader.next_step()
-            loss = make_loss(data)
             loaded = time.perf_counter()
+            loss = make_loss(data)
             result = train_step(trainer, data.packs, loss, stop_requested=stop.pending())
             samples.write(result.step, [i for pack in data.packs for i in pack.item_ids], batch=data.num_items_global)
             elapsed = time.perf_counter() - started
