@@ -118,6 +118,14 @@ def test_published_configurations_fit_the_published_gpus(name: str, gpus: int) -
     assert fits, text
 
 
+def test_a_resident_reference_is_counted() -> None:
+    cached = workload(load_training_config(CONFIGS / "tulu3/8b/dpo.yaml", []))
+    resident = workload(load_training_config(CONFIGS / "tulu3/8b/dpo.yaml", ["dpo.reference=resident"]))
+    (without,), (with_it,) = plan_memory(cached), plan_memory(resident)
+    assert without.reference == 0
+    assert with_it.reference == with_it.weights and with_it.total - without.total == with_it.weights
+
+
 def test_what_does_not_fit_says_why() -> None:
     config = load_training_config(CONFIGS / "tulu3/405b/sft.yaml", ["train.recompute=none"])
     text, fits = plan_text(config, gpu="h100", gpus=256)

@@ -3,6 +3,7 @@ source; all of it at several layouts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +131,45 @@ def test_every_loss_is_that_of_transformers(
             gradients, metrics = results[way, name]
             assert metrics["loss"] == pytest.approx(loss, abs=1e-5, rel=1e-5), way
             assert tiny.largest_difference(gradients, wanted, relative=True) <= 1e-5, way
+
+
+SOAK_WAYS: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "tp2 without sequence parallelism": {"tensor": 2, "sequence": False},
+        "pp2": {"pipeline": 2},
+        "pp2 vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+        "cp2 zigzag": {"context": 2, "context_split": "zigzag"},
+        "cp2 prompts repeated": {"context": 2, "share": False},
+        "dp2": {},
+    },
+    4: {
+        "tp2 pp2": {"tensor": 2, "pipeline": 2},
+        "cp2 tp2": {"context": 2, "tensor": 2},
+        "cp2 pp2": {"context": 2, "pipeline": 2},
+        "cp2 dp2": {"context": 2},
+        "tp2 dp2": {"tensor": 2},
+        "dp4": {},
+    },
+}
+
+
+@pytest.mark.soak
+def test_every_loss_at_every_layout(
+    model: Path, hf_answers: dict[str, tuple[float, dict[str, Tensor]]], soak_figures: Callable[..., None]
+) -> None:
+    worst = worst_loss = 0.0
+    cases = 0
+    for world, ways in SOAK_WAYS.items():
+        for (way, name), (gradients, metrics) in run_forked(world, gradients_of_all, model, ways, timeout=900)[
+            0
+        ].items():
+            loss, wanted = hf_answers[name]
+            difference = tiny.largest_difference(gradients, wanted, relative=True)
+            assert difference <= 1e-5, (way, name)
+            assert metrics["loss"] == pytest.approx(loss, abs=1e-5, rel=1e-5), (way, name)
+            worst, worst_loss = max(worst, difference), max(worst_loss, abs(metrics["loss"] - loss))
+            cases += 1
+    soak_figures(cases=cases, worst_gradient=worst, worst_loss=worst_loss)
 
 
 def test_no_loss_or_option_is_left_out() -> None:

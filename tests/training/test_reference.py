@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,6 +186,37 @@ class TestReferenceCache:
             assert self.columns(self.attach(model, tmp_path / "killed", pairs)) == wanted
         names = [{file.name for file in (tmp_path / name).rglob("shard_*.npy")} for name in ("whole", "killed")]
         assert names[0] == names[1]
+
+    @pytest.mark.parametrize("kills", [3, pytest.param(60, marks=pytest.mark.soak)])
+    def test_killed_at_random_moments(
+        self, model: Path, tmp_path: Path, kills: int, soak_figures: Callable[..., None]
+    ) -> None:
+        """The kernel ends the process after a random time, whatever it does then; the result is the same to the bit."""
+        seed = int(os.environ.get("TULU_HPC_KILL_SEED", time.time_ns() % 10**6))
+        print(f"TULU_HPC_KILL_SEED={seed}")
+        generator = random.Random(seed)
+        pairs = tiny.make_items("p" * 40)
+        started = time.monotonic()
+        with single_process():
+            wanted = self.columns(self.attach(model, tmp_path / "whole", pairs))
+        duration, done, caches = time.monotonic() - started, 0, 0
+        while done < kills:
+            directory, finished = tmp_path / f"killed{caches}", False
+            while not finished and done < kills:
+                delay = generator.uniform(0.01, 1.0) * duration
+                pid = os.fork()
+                if pid == 0:
+                    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process without a word
+                    signal.setitimer(signal.ITIMER_REAL, delay)
+                    with single_process():
+                        self.attach(model, directory, pairs)
+                    os._exit(0)
+                finished = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+                done += not finished
+            caches += 1
+            with single_process():
+                assert self.columns(self.attach(model, directory, pairs)) == wanted, f"TULU_HPC_KILL_SEED={seed}"
+        soak_figures(kills=done, caches=caches, seed=seed)
 
     def test_at_most_64_rows_are_checked(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pairs = tiny.make_items("p" * 70)

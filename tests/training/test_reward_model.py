@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +143,55 @@ def results(model: Path) -> dict[tuple[int, str], Any]:
 
 @pytest.mark.parametrize(("world", "name"), CASES)
 def test_same_training_at_any_layout(results: dict[tuple[int, str], Any], world: int, name: str) -> None:
-    found, wanted = results[world, name], results[1, "one process"]
+    compare(results[world, name], results[1, "one process"])
+
+
+def draw(generator: random.Random) -> tuple[int, dict[str, Any]]:
+    """A world of 1, 2 or 4 processes and a layout for it, with what else must not matter."""
+    world = generator.choice([1, 2, 2, 4, 4])
+    degrees = {"tensor": 1, "pipeline": 1, "context": 1}
+    left = world
+    while left > 1:
+        degree = generator.choice(["tensor", "pipeline", "context", "data"])
+        if degree != "tensor" or degrees["tensor"] == 1:  # the model has two key/value heads
+            if degree != "data":
+                degrees[degree] *= 2
+            left //= 2
+    options: dict[str, Any] = {name: value for name, value in degrees.items() if value > 1}
+    if degrees["pipeline"] == 2 and generator.random() < 0.5:
+        options["virtual_pipeline"] = 2
+    if degrees["tensor"] > 1 and generator.random() < 0.3:
+        options["sequence"] = False
+    options["distributed_optimizer"] = generator.random() < 0.7
+    options["overlap_grad_reduce"] = options["overlap_param_gather"] = (
+        options["distributed_optimizer"] and generator.random() < 0.4
+    )
+    options["context_split"] = generator.choice(["greedy", "contiguous", "zigzag"])
+    options["share"] = generator.random() < 0.7
+    options["pack_rows"] = generator.choice([56, 96, 400])
+    return world, options
+
+
+@pytest.mark.soak
+def test_same_training_at_random_layouts(
+    results: dict[tuple[int, str], Any], model: Path, soak_figures: Callable[..., None]
+) -> None:
+    seed = int(os.environ.get("TULU_HPC_DRAW_SEED", time.time_ns() % 10**6))
+    print(f"TULU_HPC_DRAW_SEED={seed}")
+    generator = random.Random(seed)
+    wanted, worst = results[1, "one process"], 0.0
+    for number in range(40):
+        world, options = draw(generator)
+        found = run_forked(world, train, model, options, timeout=600)[0]
+        try:
+            compare(found, wanted)
+        except AssertionError as error:
+            raise AssertionError(f"draw {number} of seed {seed}: {world} processes, {options}: {error}") from error
+        worst = max(worst, tiny.largest_difference(found["gradients"], wanted["gradients"], relative=True))
+    soak_figures(draws=40, seed=seed, worst_gradient=worst)
+
+
+def compare(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     for step, metrics in enumerate(wanted["metrics"]):
         assert found["metrics"][step] == pytest.approx(metrics, abs=1e-5, rel=1e-5), step
         assert found["norms"][step] == pytest.approx(wanted["norms"][step], rel=1e-5)
