@@ -293,6 +293,7 @@ def test_made_in_advance_elsewhere(tmp_path: Path) -> None:
         cache,
     ]
     assert not (tmp_path / "there").exists(), "no run was started"
+    assert [path.name for path in cache.iterdir() if not path.is_dir()] == [], "rows and nothing else"
     shutil.move(cache, tmp_path / "moved")
     shutil.rmtree(tmp_path / "cluster")
     shards = sorted((tmp_path / "moved").rglob("*.npy"))

@@ -6,8 +6,9 @@
 | preference | `chosen`, `rejected` (messages or a string), optionally `prompt` (messages or a string) |
 | rlvr | `messages`, `ground_truth` (one or a list), `dataset` (one or a list: which verifier checks it) |
 
-All kinds may carry `source` (or, but for rlvr, `dataset`; else the file's name stands for it), and `tools`: what the chat
-template is told of the functions that may be called. Other fields are ignored by the readers. No torch is imported here.
+All kinds may carry `source` (or, but for rlvr, `dataset`; else the file's name stands for it), and `tools`: what the
+chat template is told of the functions that may be called. Other fields are ignored by the readers. No torch is imported
+here.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def compute_reference(config: DpoConfig) -> Path:
     directory = Path(config.dpo.reference_cache)
     groups, architecture = training_run.join(config)
     run = Run("dpo", config, groups, RunDirectory(directory), architecture)
-    items, pad_id = training_run.load_items(run, "preference")
+    items, pad_id = training_run.load_items(run, "preference", config.data.path)  # by path: without a preview
     add_reference(run, config, reference_model(config, groups, architecture), items, pad_id, directory)
     run.say(f"reference log-probs of {len(items)} pairs are in {directory}")
     return directory
