@@ -7,7 +7,9 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,24 +201,21 @@ class TestReferenceCache:
         started = time.monotonic()
         with single_process():
             wanted = self.columns(self.attach(model, tmp_path / "whole", pairs))
-        duration, done, caches = time.monotonic() - started, 0, 0
+        duration, done, caches, written = time.monotonic() - started, 0, 0, 0
         while done < kills:
             directory, finished = tmp_path / f"killed{caches}", False
             while not finished and done < kills:
-                delay = generator.uniform(0.01, 1.0) * duration
-                pid = os.fork()
-                if pid == 0:
-                    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process without a word
-                    signal.setitimer(signal.ITIMER_REAL, delay)
-                    with single_process():
-                        self.attach(model, directory, pairs)
-                    os._exit(0)
-                finished = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-                done += not finished
+                delay = generator.uniform(0.01, 2.5) * duration  # a restart also checks the rows that are there
+                code = _in_child(lambda directory=directory: self.attach(model, directory, pairs), delay)
+                assert code in (0, -signal.SIGALRM), f"TULU_HPC_KILL_SEED={seed}"
+                done += code != 0
+                finished = len(list(directory.rglob("shard_*.npy"))) == 20  # nothing is left to write
             caches += 1
+            written += len(list(directory.rglob("shard_*.npy")))
             with single_process():
                 assert self.columns(self.attach(model, directory, pairs)) == wanted, f"TULU_HPC_KILL_SEED={seed}"
-        soak_figures(kills=done, caches=caches, seed=seed)
+        print(f"{done} kills over {caches} caches, {written} of {20 * caches} shards written by killed processes")
+        soak_figures(kills=done, caches=caches, shards_written=written, seed=seed)
 
     def test_at_most_64_rows_are_checked(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pairs = tiny.make_items("p" * 70)
@@ -243,6 +242,25 @@ class TestReferenceCache:
 
         first, second = run_forked(2, attach)
         assert first == second
+
+
+def _in_child(work: Callable[[], Any], seconds: float) -> int:
+    """Exit code of a forked process that does the work, or is ended by the kernel after so many seconds."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process without a word
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            with single_process():
+                work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def _kill_at(moment: str, shard: int) -> None:
