@@ -19,6 +19,7 @@ TRAIN = "optimizer: {lr: 1e-3}\ntrain: {steps: 1, global_batch_size: 2}\n"
 FILES = {
     "sft": MODEL + DATA + TRAIN,
     "dpo": MODEL + DATA + TRAIN,
+    "rm": MODEL + DATA + TRAIN,
     "rlvr": MODEL
     + "data: {path: DIR/none.jsonl, max_length: 1024}\noptimizer: {lr: 1e-3}\ntrain: {steps: 1}\n"
     + "rlvr: {prompts_per_step: 1, samples_per_prompt: 2}\n",
@@ -116,7 +117,7 @@ def test_not_a_llama(verb: str, capsys: pytest.CaptureFixture[str], tmp_path: Pa
         (["launch", "FILE", "--gpus-per-node", "1", "--sbatch", "a\nb", "--dry-run"], "sbatch 'a\\nb': one line"),
         (["plan", "FILE", "--gpus", "many"], "--gpus"),
         (["launch", "FILE"], "give --gpus-per-node"),
-        (["launch", "FILE", "--verb", "mix"], "expected one of sft, dpo, rlvr"),
+        (["launch", "FILE", "--verb", "mix"], "expected one of sft, dpo, rm, rlvr"),
         (["bench", "nothing"], "no benchmark named 'nothing'"),
     ],
 )
@@ -295,6 +296,7 @@ def test_mistyped_paths_are_not_looked_up_elsewhere(
 WRITES = {
     "sft": "run.dir",
     "dpo": "run.dir",
+    "rm": "run.dir",
     "rlvr": "run.dir",
     "recipe": "report.output",
     "eval": "eval.output",

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tulu_hpc.config.schema import DpoConfig, RlvrConfig, SftConfig
+from tulu_hpc.config.schema import DpoConfig, RewardModelConfig, RlvrConfig, SftConfig
 from tulu_hpc.config.verbs import TrainingConfig, load_training_config
 from tulu_hpc.models.build import build_model
 from tulu_hpc.parallel.layout import Layout, destroy, initialize_fake, layout_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PUBLISHED = [f"tulu3/{size}/{stage}.yaml" for size in ("8b", "70b", "405b") for stage in ("sft", "sft_fixed", "dpo")]
-PUBLISHED.append("tulu3.1/8b/grpo.yaml")
+PUBLISHED += ["tulu3/8b/rm.yaml", "tulu3.1/8b/grpo.yaml"]
 
 # Parameters at 128,256 vocabulary rows: 8B and 70B as the hub's safetensors index counts them.
 PARAMETERS = {"8b": 8_030_261_248, "70b": 70_553_706_496, "405b": 405_853_388_800}
@@ -42,6 +42,7 @@ def stage_parameters(config: TrainingConfig, layout: Layout, stage: int) -> tupl
         dtype=torch.bfloat16,
         vocab_multiple=config.model.vocab_multiple,
         device="meta",
+        head="value" if isinstance(config, RewardModelConfig) else "logprobs",
     )
     assert len(chunks) == (layout.virtual_pipeline or 1)
     split = replicated = 0
@@ -61,6 +62,8 @@ def test_builds_whole_and_in_its_own_layout(name: str) -> None:
     architecture = config.model.architecture
     assert architecture is not None
     expected = architecture.parameter_count()
+    if isinstance(config, RewardModelConfig):
+        expected -= (architecture.vocab_size - 1) * architecture.hidden_size
 
     split, replicated = stage_parameters(config, Layout(), 0)
     assert split + replicated == expected
@@ -115,6 +118,14 @@ def test_dpo_has_the_papers_numbers(size: str, lr: float, batch: int) -> None:
     assert (config.optimizer.lr, config.train.global_batch_size, config.train.epochs) == (lr, batch, 1)
     assert (config.optimizer.schedule, config.optimizer.warmup_ratio) == ("linear", 0.1)
     assert (config.dpo.kind, config.dpo.beta, config.data.max_length) == ("dpo_norm", 5.0, 2048)
+    assert config.train.pack_rows >= 2 * config.data.max_length  # any pair fits a pack
+
+
+def test_reward_model_has_the_papers_numbers() -> None:
+    config = load_training_config(CONFIGS / "tulu3/8b/rm.yaml", [])
+    assert isinstance(config, RewardModelConfig)
+    assert (config.optimizer.lr, config.optimizer.schedule, config.optimizer.clip_grad) == (3e-6, "linear", 1.0)
+    assert (config.train.global_batch_size, config.train.epochs, config.data.max_length) == (256, 1, 2048)
     assert config.train.pack_rows >= 2 * config.data.max_length  # any pair fits a pack
 
 

@@ -12,6 +12,7 @@ import torch
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.verbs import load_training_config
 from tulu_hpc.models.build import build_model
+from tulu_hpc.models.scalar_head import Head
 from tulu_hpc.parallel.layout import Layout, LayoutError, destroy, initialize_fake
 from tulu_hpc.planner.hardware import GIB, find_gpu
 from tulu_hpc.planner.memory import Workload, micro_batches_in_flight, plan_memory, stage_parameters
@@ -55,6 +56,7 @@ def test_state_table_of_405b(
     assert (with_reference.states - worst.states) / GIB == pytest.approx(reference, abs=0.05)
 
 
+@pytest.mark.parametrize("head", ["logprobs", "value"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     "layout",
@@ -67,16 +69,16 @@ def test_state_table_of_405b(
     ],
 )
 @pytest.mark.usefixtures("_no_groups_left")
-def test_parameters_equal_the_built_model(layout: Layout, tied: bool) -> None:
+def test_parameters_equal_the_built_model(layout: Layout, tied: bool, head: Head) -> None:
     slots = 14 if layout.account_for_embedding else 16
     architecture = Architecture(
         vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=slots, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=tied,
     )  # fmt: skip
-    work = Workload(architecture, layout, data=1, rows=64, vocab_multiple=4)
+    work = Workload(architecture, layout, data=1, rows=64, vocab_multiple=4, head=head)
     for stage in range(layout.pipeline):
         groups = initialize_fake(layout, rank=stage * layout.tensor * layout.context, world_size=layout.model_parallel)
-        chunks = build_model(architecture, groups, dtype=torch.float32, vocab_multiple=4, device="meta")
+        chunks = build_model(architecture, groups, dtype=torch.float32, vocab_multiple=4, device="meta", head=head)
         built = {id(p): p.numel() for chunk in chunks for p in chunk.parameters()}
         assert stage_parameters(work, stage) == sum(built.values())
 
@@ -143,6 +145,14 @@ def test_host_memory_of_a_background_save() -> None:
     assert wanted in plan_text(config, gpu="h100", gpus=32)[0]
     off = load_training_config(CONFIGS / "tulu3/8b/sft.yaml", ["train.async_save=false"])
     assert "host memory" not in plan_text(off, gpu="h100", gpus=32)[0]
+
+
+def test_a_resident_reference_is_counted() -> None:
+    cached = workload(load_training_config(CONFIGS / "tulu3/8b/dpo.yaml", []))
+    resident = workload(load_training_config(CONFIGS / "tulu3/8b/dpo.yaml", ["dpo.reference=resident"]))
+    (without,), (with_it,) = plan_memory(cached), plan_memory(resident)
+    assert without.reference == 0
+    assert with_it.reference == with_it.weights and with_it.total - without.total == with_it.weights
 
 
 def test_what_does_not_fit_says_why() -> None:

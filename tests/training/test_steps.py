@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 
-from tests.parallel.forked import run_forked, single_process
+from tests.parallel.forked import run_forked
 from tests.training import tiny
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.sections import ModelSection, OptimizerSection, ParallelSection
-from tulu_hpc.data.packed_batch import Item, pack
+from tulu_hpc.data.packed_batch import pack
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
-from tulu_hpc.training import reference
 from tulu_hpc.training.normalisation import global_counts
 from tulu_hpc.training.runner import Runner
 from tulu_hpc.training.schedule import Schedule
@@ -137,104 +135,3 @@ def test_logprobs_on_every_rank(model: Path, options: dict[str, Any]) -> None:
     for found in run_forked(2, compute, ParallelSection(**options)):
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-
-
-class TestReferenceCache:
-    OPTIONS = reference.PackOptions(pack_rows=128)
-
-    def attach(self, model: Path, directory: Path, items: list[Item], parallel: ParallelSection = PLAIN) -> list[Item]:
-        groups = initialize(layout_of(parallel), seed=1)
-        runner = tiny.make_trainer(model, groups, parallel).runner
-        return reference.attach_reference(
-            items,
-            runner,
-            directory=directory,
-            fingerprint=reference.weights_fingerprint(model, groups, dtype="float32"),
-            options=self.OPTIONS,
-            tolerance=(1e-3, 1e-4),
-            seed=0,
-            chunk_items=2,
-        )
-
-    def columns(self, items: list[Item]) -> dict[str, list[float]]:
-        return {item.id: item.per_sequence[reference.COLUMN] for item in items}
-
-    def test_same_at_any_layout_and_order(self, model: Path, tmp_path: Path) -> None:
-        pairs = tiny.make_items("ppppp")
-        wanted = self.columns(run_forked(1, self.attach, model, tmp_path / "a", pairs)[0])
-        layouts = (PLAIN, ParallelSection(tensor=2), ParallelSection(pipeline=2), ParallelSection(context=2))
-        for index, parallel in enumerate(layouts):
-            for found in run_forked(2, self.attach, model, tmp_path / str(index), pairs[::-1], parallel):
-                got = self.columns(found)
-                assert got.keys() == wanted.keys()
-                for key, sums in wanted.items():
-                    assert got[key] == pytest.approx(sums, abs=1e-4)
-        # One layout's cache serves another.
-        again = self.columns(run_forked(2, self.attach, model, tmp_path / "a", pairs, ParallelSection(tensor=2))[0])
-        assert again == wanted
-
-    def test_interrupted_cache_is_continued(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        pairs = tiny.make_items("ppppp")
-        computed: list[int] = []
-        original = reference.compute_sums
-
-        def counting(keyed: Any, runner: Any, options: Any) -> Any:
-            if len(computed) == 2:
-                raise KeyboardInterrupt
-            computed.append(len(keyed))
-            return original(keyed, runner, options)
-
-        monkeypatch.setattr(reference, "compute_sums", counting)
-        with single_process(), pytest.raises(KeyboardInterrupt):
-            self.attach(model, tmp_path, pairs)
-        assert computed == [2, 2]
-        computed.clear()
-        with single_process():
-            found = self.attach(model, tmp_path, pairs)
-        assert computed == [4, 1], "four rows are checked again, one is computed"
-        assert len(self.columns(found)) == 5
-
-    def test_wrong_rows_stop_the_run(self, model: Path, tmp_path: Path) -> None:
-        pairs = tiny.make_items("ppp")
-        with single_process():
-            self.attach(model, tmp_path, pairs)
-            (folder,) = [p for p in tmp_path.iterdir() if p.is_dir()]
-            cache = reference.ReferenceCache(tmp_path, folder.name)
-            key = reference.item_key(pairs[1])
-            cache.append({key: (cache.rows[key][0] + 0.5, cache.rows[key][1])})
-            with pytest.raises(reference.ReferenceError, match=f"chosen response of pair '{pairs[1].id}'"):
-                self.attach(model, tmp_path, pairs)
-
-    def test_damaged_shard_is_computed_again(
-        self, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        pairs = tiny.make_items("pppp")
-        with single_process():
-            wanted = self.columns(self.attach(model, tmp_path, pairs))
-            shard = next(tmp_path.rglob("shard_000001.npz"))
-            shard.write_bytes(shard.read_bytes()[:-7])
-            assert self.columns(self.attach(model, tmp_path, pairs)) == wanted
-            assert "missing or damaged" in capsys.readouterr().err
-            assert self.columns(self.attach(model, tmp_path, pairs)) == wanted
-            assert "damaged" not in capsys.readouterr().err
-
-    def test_other_weights_have_another_cache(self, model: Path, tmp_path: Path) -> None:
-        with single_process() as groups:
-            first = reference.weights_fingerprint(model, groups, dtype="float32")
-            assert first != reference.weights_fingerprint(model, groups, dtype="bfloat16")
-            config = json.loads((model / "config.json").read_text())
-            other = tmp_path / "other"
-            other.mkdir()
-            for file in model.iterdir():
-                (other / file.name).write_bytes(file.read_bytes())
-            assert reference.weights_fingerprint(other, groups, dtype="float32") == first
-            (other / "config.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
-            assert reference.weights_fingerprint(other, groups, dtype="float32") != first
-
-    def test_key_is_the_content(self) -> None:
-        one, two = tiny.make_items("pp")
-        assert reference.item_key(one) != reference.item_key(two)
-        moved = Item("pair", one.responses, prompt=torch.cat((one.prompt, one.prompt[:1])), id=one.id)
-        assert reference.item_key(moved) != reference.item_key(one)
-        swapped = Item("pair", one.responses[::-1], prompt=one.prompt, id=one.id)
-        assert reference.item_key(swapped) != reference.item_key(one)

@@ -11,7 +11,7 @@ from tulu_hpc.cli.common import ConfigPath, Overrides, PrintConfig, refuse_torch
 from tulu_hpc.config.loader import dump_yaml
 from tulu_hpc.config.verbs import load_training_config, training_verb
 
-Verb = Annotated[str | None, typer.Option(help="sft, dpo or rlvr; default: what the file says.")]
+Verb = Annotated[str | None, typer.Option(help="sft, dpo, rm or rlvr; default: what the file says.")]
 
 
 def plan(

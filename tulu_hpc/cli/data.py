@@ -61,7 +61,7 @@ def preview(
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(help="Samples shown: longest, shortest, one per source, then random ones.")] = 24,
     output: Annotated[Path | None, typer.Option(help="HTML file; by default masks.html in the run directory.")] = None,
-    verb: Annotated[str | None, typer.Option(help="sft or dpo; by default the file's own.")] = None,
+    verb: Annotated[str | None, typer.Option(help="sft, dpo or rm; by default the file's own.")] = None,
 ) -> None:
     """A page that shows which tokens a training file would train, before it trains."""
     from tulu_hpc.config.loader import ConfigError
@@ -76,7 +76,9 @@ def preview(
     typer.echo(training_data.preview(loaded, rows=rows, output=output))
 
 
-def samples(run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of an sft or dpo run.")]) -> None:
+def samples(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")],
+) -> None:
     """Prove from a run's log that no sample was left out or seen twice."""
     from tulu_hpc.data import sample_log
 

@@ -21,7 +21,7 @@ _UNUSABLE_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADi
 
 app = typer.Typer(
     name="tulu-hpc",
-    help="Tulu 3 post-training on megatron-core: SFT, DPO, RLVR, their data and evaluation.",
+    help="Tulu 3 post-training on megatron-core: SFT, reward models, DPO, RLVR, their data and evaluation.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -46,6 +46,7 @@ def _options(
 
 app.command()(training.sft)
 app.command()(training.dpo)
+app.command("rm")(training.reward_model)
 app.command()(training.rlvr)
 app.command()(training.recipe)
 app.command("eval")(training.evaluate)

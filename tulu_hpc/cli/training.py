@@ -1,4 +1,4 @@
-"""sft, dpo, rlvr, recipe and eval. All but recipe run under torchrun unchanged; alone they are one process."""
+"""sft, dpo, rm, rlvr, recipe and eval. All but recipe run under torchrun unchanged; alone they are one process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tulu_hpc.cli.common import ConfigPath, Overrides, PrintConfig, load_and_run
-from tulu_hpc.config.schema import DpoConfig, EvalConfig, RecipeConfig, RlvrConfig, SftConfig
+from tulu_hpc.config.schema import DpoConfig, EvalConfig, RecipeConfig, RewardModelConfig, RlvrConfig, SftConfig
 
 
 def sft(config: ConfigPath, overrides: Overrides = None, print_config: PrintConfig = False) -> None:
@@ -23,15 +23,34 @@ def sft(config: ConfigPath, overrides: Overrides = None, print_config: PrintConf
     load_and_run(config, overrides, SftConfig, print_config, stage)
 
 
-def dpo(config: ConfigPath, overrides: Overrides = None, print_config: PrintConfig = False) -> None:
+def dpo(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    only_reference: Annotated[
+        bool,
+        typer.Option("--only-reference", help="Fill dpo.reference_cache in advance, anywhere, and stop."),
+    ] = False,
+    print_config: PrintConfig = False,
+) -> None:
     """Direct preference optimisation (dpo, dpo_norm, ipo, simpo, ...)."""
 
     def stage() -> Callable[[DpoConfig], Any]:
         from tulu_hpc.stages import dpo
 
-        return dpo.run
+        return dpo.compute_reference if only_reference else dpo.run
 
     load_and_run(config, overrides, DpoConfig, print_config, stage)
+
+
+def reward_model(config: ConfigPath, overrides: Overrides = None, print_config: PrintConfig = False) -> None:
+    """Reward model: a scalar head trained on preference pairs (Bradley-Terry)."""
+
+    def stage() -> Callable[[RewardModelConfig], Any]:
+        from tulu_hpc.stages import reward_model
+
+        return reward_model.run
+
+    load_and_run(config, overrides, RewardModelConfig, print_config, stage)
 
 
 def rlvr(config: ConfigPath, overrides: Overrides = None, print_config: PrintConfig = False) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.layer_spec import check_layer_spec
 from tulu_hpc.config.sections import (
     DataSection,
     FileName,
+    LoopSection,
     ModelSection,
     OptimizerSection,
     ParallelSection,
@@ -55,8 +56,13 @@ class DpoSection(Section):
     kl_baseline: float = Field(default=0.0, ge=0, description="Of kto: log-ratio that counts as neutral.")
     desirable_weight: float = Field(default=1.0, ge=0, description="Of kto.")
     undesirable_weight: float = Field(default=1.0, ge=0, description="Of kto.")
+    reference: Literal["cached", "resident"] = Field(
+        default="cached",
+        description="Log-probs of model.path on all pairs before the first step, kept on disk; or a second model in "
+        "memory that reads each step's packs.",
+    )
     reference_cache: str | None = Field(
-        default=None, description="Directory of reference log-probs; empty: in run.dir."
+        default=None, description="Directory of reference log-probs (may be made elsewhere); empty: in run.dir."
     )
 
     @model_validator(mode="after")
@@ -65,6 +71,10 @@ class DpoSection(Section):
             raise ValueError(f"{self.kind} has no label_smoothing")
         if self.kind == "cdpo" and not self.label_smoothing:
             raise ValueError("cdpo needs label_smoothing > 0; without it, it is dpo")
+        if self.reference == "resident" and not self.needs_reference:
+            raise ValueError(f"{self.kind} needs no reference")
+        if self.reference == "resident" and self.reference_cache is not None:
+            raise ValueError("a resident reference has no reference_cache")
         if self.gamma and self.kind != "simpo":
             raise ValueError(f"gamma is the margin of simpo, {self.kind} has none")
         if self.kind == "kto":
@@ -73,6 +83,10 @@ class DpoSection(Section):
         elif self.kl_baseline or (self.desirable_weight, self.undesirable_weight) != (1, 1):
             raise ValueError(f"kl_baseline, desirable_weight and undesirable_weight belong to kto, not to {self.kind}")
         return self
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kind not in ("simpo", "orpo")
 
 
 class RlvrSection(Section):
@@ -104,6 +118,7 @@ class StageConfig(Section):
     data: DataSection
     optimizer: OptimizerSection
     telemetry: TelemetrySection = TelemetrySection()
+    train: LoopSection
 
     @model_validator(mode="after")
     def _layers(self) -> Self:
@@ -125,6 +140,33 @@ class SftConfig(StageConfig):
 class DpoConfig(StageConfig):
     train: TrainSection
     dpo: DpoSection = DpoSection()
+
+
+class RewardModelSection(Section):
+    eval_path: list[str] = Field(
+        default_factory=list, description="Held-out pairs, as data.path; scored, never trained on."
+    )
+    eval_every: int | None = Field(
+        default=None, ge=1, description="Steps between evaluations; empty: only after the last."
+    )
+
+    @field_validator("eval_path", mode="before")
+    @classmethod
+    def _one_path(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _has_data(self) -> Self:
+        if self.eval_every is not None and not self.eval_path:
+            raise ValueError("eval_every is given, but no eval_path")
+        return self
+
+
+class RewardModelConfig(StageConfig):
+    """A scalar head on the model at `model.path`: a new one on a language model, or the one of a reward model."""
+
+    train: TrainSection
+    rm: RewardModelSection = RewardModelSection()
 
 
 class RlvrConfig(StageConfig):

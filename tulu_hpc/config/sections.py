@@ -31,7 +31,7 @@ class RunSection(Section):
     root: str = Field(default="runs", description="Replaces `{root}` in every path of this file.")
     dir: str | None = Field(
         default=None,
-        description="Run directory (sft, dpo, rlvr); resumed if it holds a checkpoint. Empty: a new one under {root}.",
+        description="Run directory of a training verb; resumed if it has a checkpoint. Empty: a new one under {root}.",
     )
     seed: int = 0
     threads: int | None = Field(
@@ -235,7 +235,7 @@ class TrainSection(LoopSection):
     )
     epochs: float | None = Field(default=None, gt=0)
     global_batch_size: int | None = Field(
-        default=None, ge=1, description="Sequences (SFT) or pairs (DPO) per optimizer step, all ranks together."
+        default=None, ge=1, description="Sequences (SFT) or pairs (DPO, RM) per optimizer step, all ranks together."
     )
     global_batch_tokens: int | None = Field(
         default=None,

@@ -13,6 +13,7 @@ from tulu_hpc.config.loader import ConfigError, load_config, read_yaml
 SCHEMAS: dict[str, type[BaseModel]] = {
     "sft": schema.SftConfig,
     "dpo": schema.DpoConfig,
+    "rm": schema.RewardModelConfig,
     "rlvr": schema.RlvrConfig,
     "recipe": schema.RecipeConfig,
     "eval": schema.EvalConfig,
@@ -22,8 +23,8 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "data prefer": schema.PreferConfig,
     "convert initialise": schema.InitialiseConfig,
 }
-TRAINING_VERBS = ("sft", "dpo", "rlvr")
-TrainingConfig = schema.SftConfig | schema.DpoConfig | schema.RlvrConfig
+TRAINING_VERBS = ("sft", "dpo", "rm", "rlvr")
+TrainingConfig = schema.SftConfig | schema.DpoConfig | schema.RewardModelConfig | schema.RlvrConfig
 
 
 def training_verb(path: Path | str, verb: str | None = None) -> str:
@@ -42,11 +43,11 @@ def training_verb(path: Path | str, verb: str | None = None) -> str:
             return name
     if Path(path).stem in TRAINING_VERBS:
         return Path(path).stem
-    raise ConfigError(f"{path}: no `sft:`, `dpo:` or `rlvr:` section says what it is for; give --verb")
+    raise ConfigError(f"{path}: no `sft:`, `dpo:`, `rm:` or `rlvr:` section says what it is for; give --verb")
 
 
 def load_training_config(path: Path | str, overrides: Sequence[str], verb: str | None = None) -> TrainingConfig:
-    """Load an sft, dpo or rlvr file by its own kind."""
+    """Load an sft, dpo, rm or rlvr file by its own kind."""
     config = load_config(path, overrides, SCHEMAS[training_verb(path, verb)])
-    assert isinstance(config, schema.SftConfig | schema.DpoConfig | schema.RlvrConfig)
+    assert isinstance(config, TrainingConfig)
     return config

@@ -6,8 +6,9 @@
 | preference | `chosen`, `rejected` (messages or a string), optionally `prompt` (messages or a string) |
 | rlvr | `messages`, `ground_truth` (one or a list), `dataset` (one or a list: which verifier checks it) |
 
-All kinds may carry `source`, and `tools`: what the chat template is told of the functions that may be called. Other
-fields are ignored by the readers. No torch is imported here.
+All kinds may carry `source` (or, but for rlvr, `dataset`; else the file's name stands for it), and `tools`: what the
+chat template is told of the functions that may be called. Other fields are ignored by the readers. No torch is imported
+here.
 """
 
 from __future__ import annotations
@@ -189,6 +190,8 @@ def parse_record(row: Mapping[str, Any], kind: RecordKind, *, file: str, line: i
     parsers: dict[RecordKind, Callable[[Mapping[str, Any], str, Tools], AnyRecord]]
     parsers = {"sft": _sft, "preference": _preference, "rlvr": _rlvr}
     source = row.get("source")
+    if source is None and kind != "rlvr" and isinstance(row.get("dataset"), str):
+        source = row["dataset"]  # as mixes of the hub say it; of an rlvr record it names the verifier
     try:
         if source is not None and not isinstance(source, str):
             raise _FieldError("source", f"is {show(source)}, need a string")

@@ -19,6 +19,7 @@ from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.models.attention import CoreAttention, LlamaAttention
 from tulu_hpc.models.llama import Llama
 from tulu_hpc.models.norm import RMSNorm
+from tulu_hpc.models.scalar_head import Head
 from tulu_hpc.models.transformer_engine import (
     TransformerEngineOptions,
     check_device,
@@ -177,6 +178,7 @@ def build_model(
     deterministic: bool = False,
     transformer_engine: TransformerEngineOptions | None = None,
     fp32_head: bool = False,
+    head: Head = "logprobs",
 ) -> list[Llama]:
     """The model chunks of this rank, one per virtual pipeline stage, weights NOT initialised (`convert.load_hf`).
 
@@ -191,6 +193,7 @@ def build_model(
         deterministic: only deterministic kernels inside megatron.
         transformer_engine: use its linear layers and norms, in this way; None: megatron's and ours.
         fp32_head: hold the LM head in fp32 (and compute log-probs and logits with it) whatever `dtype` is.
+        head: `value` gives a scalar head (reward and value models) instead of the vocabulary.
 
     Raises:
         LayoutError: the model cannot be split this way.
@@ -238,14 +241,16 @@ def build_model(
                 pre_process=groups.is_first_stage and index == 0,
                 post_process=groups.is_last_stage and index == last,
                 position_embedding_type="none",  # Llama rotates by position id itself
-                share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+                share_embeddings_and_output_weights=architecture.tie_word_embeddings and head == "logprobs",
                 parallel_output=True,
                 pg_collection=groups.pg,
                 vp_stage=vp_stage,
             )
+            if head == "value":
+                chunk.use_scalar_head()
         _mark_split_weights(chunk, split)
         chunk.finish(architecture, logprob_buffer_bytes)
-        if fp32_head:
+        if fp32_head and head == "logprobs":
             chunk.keep_head_in_fp32()
         chunks.append(chunk)
     return chunks

@@ -19,27 +19,42 @@ from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.models.build import check_layout, unwrap
 from tulu_hpc.models.companions import copy_companions, write_config
 from tulu_hpc.models.llama import Llama
-from tulu_hpc.models.names import Mapping, hf_shapes, mapping, merge_shards, read_local
+from tulu_hpc.models.names import SCORE, Mapping, hf_shapes, mapping, merge_shards, read_local
 from tulu_hpc.models.safetensors_files import HfDirectory, published, write_shards
 from tulu_hpc.models.safetensors_layout import check_names
+from tulu_hpc.models.scalar_head import Head, new_head_weight
 from tulu_hpc.parallel.layout import Groups
 
 
 @torch.no_grad()
-def load_hf(chunks: Sequence[torch.nn.Module], path: str | Path, architecture: Architecture, groups: Groups) -> None:
+def load_hf(
+    chunks: Sequence[torch.nn.Module],
+    path: str | Path,
+    architecture: Architecture,
+    groups: Groups,
+    *,
+    new_head_seed: int | None = None,
+) -> None:
     """Fill the model chunks of this rank from a Hugging Face directory; vocabulary padding becomes zero.
 
     Args:
         chunks: from `build_model` (wrapped by megatron or not).
         path: directory with safetensors.
+        new_head_seed: of a model with a scalar head: draw the head by this seed where the directory has none (a
+            language model); None: it must have one.
 
     Raises:
         ValueError: a missing, unexpected or differently shaped tensor, named with the directory.
     """
     check_layout(architecture, groups.layout)
     directory = HfDirectory(path)
-    _check_tensors(directory, architecture)
+    head = unwrap(chunks[0]).head
+    new_head = head == "value" and new_head_seed is not None and SCORE not in directory.file_of
+    _check_tensors(directory, architecture, head, new_head=new_head)
     for name, parameter, mapped in _parameters(chunks, architecture):
+        if new_head and mapped.hf_names == (SCORE,):
+            parameter.copy_(new_head_weight(architecture.hidden_size, new_head_seed or 0))
+            continue
         local = read_local(mapped, directory.read, parameter.shape, groups.tp_rank, groups.tp_size, architecture)
         if local.shape != parameter.shape:
             raise ValueError(f"{path}: {name} assembled as {tuple(local.shape)}, wanted {tuple(parameter.shape)}")
@@ -47,9 +62,15 @@ def load_hf(chunks: Sequence[torch.nn.Module], path: str | Path, architecture: A
     directory.close()
 
 
-def _check_tensors(directory: HfDirectory, architecture: Architecture) -> None:
-    shapes = hf_shapes(architecture)
-    check_names(directory.path, directory.file_of, architecture)
+def _check_tensors(directory: HfDirectory, architecture: Architecture, head: Head, *, new_head: bool) -> None:
+    shapes = hf_shapes(architecture, head)
+    if new_head:
+        del shapes[SCORE]
+    elif head == "value" and SCORE not in directory.file_of:
+        raise ValueError(f"{directory.path}: has no {SCORE}: it is a language model, not a reward model")
+    if head == "logprobs" and SCORE in directory.file_of:
+        raise ValueError(f"{directory.path}: has {SCORE}: it is a reward model, not a language model")
+    check_names(directory.path, directory.file_of, shapes, extra_head=architecture.tie_word_embeddings or new_head)
     for name, shape in shapes.items():
         if directory.shape(name) != shape:
             raise ValueError(f"{directory.path}: {name} has shape {directory.shape(name)}, config.json says {shape}")
@@ -174,8 +195,9 @@ def save_hf(
         try:
             with published(Path(path)) as staging:
                 whole = ((name, tensor) for name, tensor in stream if tensor is not None)
-                write_shards(whole, staging, hf_shapes(architecture), dtype, max_shard_bytes)
-                write_config(staging, architecture, dtype, source=Path(source))
+                head = unwrap(chunks[0]).head
+                write_shards(whole, staging, hf_shapes(architecture, head), dtype, max_shard_bytes)
+                write_config(staging, architecture, dtype, source=Path(source), head=head)
                 copy_companions(Path(source), staging)
                 if chat_template is not None:
                     (staging / "chat_template.jinja").write_text(chat_template, encoding="utf-8")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from tulu_hpc.config.architecture import Architecture
@@ -18,6 +19,7 @@ from tulu_hpc.kernels import linear_logprob
 from tulu_hpc.models import embedding_noise
 from tulu_hpc.models.cache import DecodeParams
 from tulu_hpc.models.rope import angles, inverse_frequencies
+from tulu_hpc.models.scalar_head import Head, RowValues, ScalarHead
 from tulu_hpc.parallel.context import RankBatch
 
 
@@ -41,12 +43,14 @@ class Llama(GPTModel):
         logprob_buffer_bytes: largest buffer of logits that may exist at once.
         return_entropy: whether `TokenLogprobs.entropy_K` is computed.
         logprob_temperature: logits are divided by it before the softmax.
+        head: what the last stage returns, `TokenLogprobs` or `RowValues`.
     """
 
     architecture: Architecture
     logprob_buffer_bytes: int | None = None
     return_entropy: bool = False
     logprob_temperature: float = 1.0
+    head: Head = "logprobs"
 
     def finish(self, architecture: Architecture, logprob_buffer_bytes: int | None) -> None:
         """Set what GPTModel's constructor does not know; called once by `build_model`."""
@@ -86,6 +90,21 @@ class Llama(GPTModel):
         for weight in weights:
             if weight is not None:  # other stages have no head, that of a tied model on one stage has no weight
                 weight.data = weight.data.float()
+
+    def use_scalar_head(self) -> None:
+        """Put one number per row in the place of the vocabulary; called once by `build_model`."""
+        self.head = "value"
+        if self.post_process:
+            del self.output_layer
+            self.score = ScalarHead(self.config)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Which part of which global tensor this rank holds, for checkpoints."""
+        if self.head == "value":  # GPTModel's own looks for the vocabulary head
+            return dict(MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata))
+        return dict(super().sharded_state_dict(prefix, sharded_offsets, metadata))
 
     def local_vocab(self) -> tuple[Tensor, int]:
         """This rank's rows of the head without vocabulary padding ([<= Vl, H]) and the first one's token id."""
@@ -131,6 +150,8 @@ class Llama(GPTModel):
         if not self.post_process:
             return hidden_states
         hidden_TH = hidden_states[:, 0]
+        if self.head == "value":
+            return RowValues(self.score(hidden_TH, self.pg_collection.tp))
         if isinstance(packed_seq_params, DecodeParams):
             assert packed_seq_params.logit_rows is not None
             return self._logits(hidden_TH, packed_seq_params.logit_rows)
@@ -178,6 +199,6 @@ def score(chunk: torch.nn.Module, batch: RankBatch) -> Any:
     """Forward pass of one model chunk (wrapped by megatron or not) on `batch`.
 
     Returns:
-        TokenLogprobs on the last pipeline stage, hidden states elsewhere.
+        TokenLogprobs (with a scalar head RowValues) on the last pipeline stage, hidden states elsewhere.
     """
     return chunk(batch.tokens_1T, batch.position_ids_1T, None, labels=batch.target_K, packed_seq_params=batch.params)

@@ -11,6 +11,7 @@
 | mlp.linear_fc2              | down_proj                      | columns                                            |
 | final_layernorm             | norm                           | no                                                 |
 | output_layer                | lm_head (tied: embed_tokens)   | rows, padded                                       |
+| score (scalar head)         | score                          | no                                                 |
 
 Transformer Engine's layers hold the norm before them: self_attention.linear_qkv.layer_norm_weight is input_layernorm,
 mlp.linear_fc1.layer_norm_weight is pre_mlp_layernorm. Their `_extra_state` holds fp8 scales, which are no weights.
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from tulu_hpc.config.architecture import Architecture
+from tulu_hpc.models.scalar_head import Head
 
 Kind = Literal["vocab", "qkv", "gate_up", "columns", "whole"]
 Reader = Callable[[str, tuple[slice, ...]], Tensor]
@@ -34,6 +36,7 @@ Reader = Callable[[str, tuple[slice, ...]], Tensor]
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+SCORE = "score.weight"
 # Buffers that old checkpoints carry and that hold nothing of the model.
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq$")
 
@@ -86,6 +89,8 @@ def mapping(name: str, layer_offset: int, architecture: Architecture) -> Mapping
         return Mapping("whole", (NORM,), (layers, 0))
     if name == "output_layer.weight":
         return Mapping("vocab", (EMBEDDING if architecture.tie_word_embeddings else HEAD,), (layers, 1))
+    if name == "score.weight":
+        return Mapping("whole", (SCORE,), (layers, 2))
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     if name.endswith("._extra_state"):
         raise ValueError(f"{name!r} holds fp8 scales of Transformer Engine, not a weight: it has no Hugging Face name")
@@ -96,7 +101,7 @@ def mapping(name: str, layer_offset: int, architecture: Architecture) -> Mapping
     return Mapping(kind, tuple(f"model.layers.{layer}.{part}" for part in parts), (layer, list(_LAYER).index(match[2])))
 
 
-def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+def hf_shapes(architecture: Architecture, head: Head = "logprobs") -> dict[str, tuple[int, ...]]:
     """Every tensor of the Hugging Face model with its shape, in the order the model runs (tied: without lm_head)."""
     a = architecture
     query, kv = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
@@ -115,7 +120,9 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     for index in range(a.num_hidden_layers):
         shapes.update({f"model.layers.{index}.{name}": shape for name, shape in layer.items()})
     shapes[NORM] = (a.hidden_size,)
-    if not a.tie_word_embeddings:
+    if head == "value":
+        shapes[SCORE] = (1, a.hidden_size)
+    elif not a.tie_word_embeddings:
         shapes[HEAD] = (a.vocab_size, a.hidden_size)
     return shapes
 

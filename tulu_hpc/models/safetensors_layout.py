@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from tulu_hpc.config.architecture import Architecture
@@ -24,7 +25,7 @@ def hf_tensors(path: Path, architecture: Architecture) -> dict[str, StoredTensor
     directory = HfDirectory(path)
     directory.close()
     headers = {file: read_header(path / file) for file in sorted(set(directory.file_of.values()))}
-    check_names(path, directory.file_of, architecture)
+    check_names(path, directory.file_of, hf_shapes(architecture), extra_head=architecture.tie_word_embeddings)
     found: dict[str, StoredTensor] = {}
     for name, shape in hf_shapes(architecture).items():
         file = directory.file_of[name]
@@ -37,17 +38,19 @@ def hf_tensors(path: Path, architecture: Architecture) -> dict[str, StoredTensor
     return found
 
 
-def check_names(path: Path, names: object, architecture: Architecture) -> None:
+def check_names(path: Path, names: Iterable[str], wanted: Collection[str], *, extra_head: bool) -> None:
     """That the directory holds the tensors of the model and no others.
+
+    Args:
+        extra_head: a vocabulary head that is not wanted may be there: some exporters write a copy of a tied embedding.
 
     Raises:
         ValueError: naming the first missing and unexpected ones.
     """
-    shapes = hf_shapes(architecture)
-    found = {name for name in names if not IGNORED.match(name)}  # type: ignore[attr-defined]
-    if architecture.tie_word_embeddings:
-        found.discard(HEAD)  # a copy of the embedding that some exporters write
-    missing, unexpected = sorted(shapes.keys() - found), sorted(found - shapes.keys())
+    found = {name for name in names if not IGNORED.match(name)}
+    if extra_head:
+        found.discard(HEAD)
+    missing, unexpected = sorted(set(wanted) - found), sorted(found - set(wanted))
     if missing or unexpected:
         raise ValueError(
             f"{path}: does not hold the model that its config describes; "

@@ -5,12 +5,15 @@ Shapes: K scored tokens of this rank, Q sequences of the pack, P pairs of the pa
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from tulu_hpc.kernels import preference_loss
+from tulu_hpc.objectives.sources import pair_source_metrics
 from tulu_hpc.objectives.terms import Metric, Terms, sequence_sums
 
 
@@ -25,6 +28,8 @@ def preference_terms(
     kind: str,
     beta: float,
     cp_group: ProcessGroup | None = None,
+    sources: Sequence[str] = (),
+    source_names: Sequence[str] = (),
     **options: Any,
 ) -> Terms:
     """Loss of the pack's pairs over the pairs of the global batch; kinds and formulas: `kernels.preference_loss`.
@@ -36,11 +41,13 @@ def preference_terms(
         reference_sums_Q: reference log-prob of each sequence, fp32; not read by simpo and orpo.
         lengths_Q: scored tokens of each sequence of the whole pack.
         global_pairs: pairs of the global batch, all ranks.
+        sources, source_names: of the pack's pairs, and of the whole run (none: no metrics by source).
         options: further arguments of `kernels.preference_loss` (label_smoothing, gamma, sft_weight, ...).
 
     Metrics (means over pairs): `loss`, `rewards/{chosen,rejected,margins,accuracies}` (a reward is beta times the
     score: the log-ratio, or for the kinds on means that of the per-token means), `logps/{chosen,rejected}` (sums over
-    a sequence), `lengths/{chosen,rejected}`, and where they apply `loss/sft` and `weights`.
+    a sequence), `lengths/{chosen,rejected}`, where they apply `loss/sft` and `weights`, and those of
+    `sources.PAIR_METRICS` by source.
 
     Raises:
         ValueError: no pair in the global batch; options that do not fit the kind.
@@ -68,4 +75,23 @@ def preference_terms(
     shown: dict[str, Metric] = {
         name: (value * counted, pairs) for name, value in sums.items() if not name.startswith("counts/")
     }
-    return Terms(loss=out.loss / global_pairs, metrics=shown)
+    if not source_names:
+        return Terms(loss=out.loss / global_pairs, metrics=shown)
+
+    @torch.no_grad()
+    def measure(pairs: Tensor) -> Mapping[str, Tensor]:
+        part = preference_loss(
+            logprobs_K.detach(),
+            sequence_id_K,
+            reference_sums_Q,
+            pairs_P2[pairs],
+            kind=kind,
+            beta=beta,
+            policy_sums_Q=None if sums_Q is None else sums_Q.detach(),
+            lengths_Q=lengths_Q,
+            **options,
+        )
+        return {"loss": part.loss, **part.metrics}
+
+    by_source = pair_source_metrics(measure, sources, source_names, device=logprobs_K.device, counted=counted)
+    return Terms(loss=out.loss / global_pairs, metrics={**shown, **by_source})

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.kernels.linear_logprob.buffers import extra_bytes
 from tulu_hpc.models.build import Recompute, check_layout, layers_per_chunk, padded_vocab
+from tulu_hpc.models.scalar_head import Head
 from tulu_hpc.parallel.layout import Layout
 
 
@@ -42,6 +43,7 @@ class Workload:
         resident_copies: further copies of the weights (a reference policy).
         cache_tokens: tokens of the rollout engine's key/value cache on one replica.
         fp32_head: the head (tied: the embedding too) is fp32: 4 + 4 + 8/d bytes per parameter.
+        head: `value`: one number per row instead of the vocabulary.
     """
 
     architecture: Architecture
@@ -61,6 +63,7 @@ class Workload:
     resident_copies: int = 0
     cache_tokens: int = 0
     fp32_head: bool = False
+    head: Head = "logprobs"
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,9 @@ def stage_parameters(work: Workload, stage: int) -> int:
     vocab = padded_vocab(architecture.vocab_size, tensor, work.vocab_multiple) // tensor * hidden
     if first:
         count += vocab
-    if last:
+    if last and work.head == "value":
+        count += 2 * hidden
+    elif last:
         # A tied head on another stage than the embedding is a copy there.
         count += hidden + (0 if architecture.tie_word_embeddings and first else vocab)
     return count
@@ -141,7 +146,7 @@ def _fp32_parameters(work: Workload, stage: int) -> int:
     """Parameters that `fp32_head` holds in fp32 on a stage of a model that is not."""
     architecture, layout = work.architecture, work.layout
     holds = stage == layout.pipeline - 1 or (architecture.tie_word_embeddings and stage == 0)
-    if not work.fp32_head or not holds:
+    if not work.fp32_head or not holds or work.head == "value":
         return 0
     return (
         padded_vocab(architecture.vocab_size, layout.tensor, work.vocab_multiple)
@@ -228,6 +233,9 @@ def _activations(work: Workload, stage: int, layers: list[int], in_flight: float
     if stage != layout.pipeline - 1:
         return int(saved + layer_peak), 0
     # The head: final norm (in, out, normalised where not fused), gathered hidden rows, gradients of rows and weight.
+    if work.head == "value":  # the final norm as below, and an fp32 copy of the rows with its gradient
+        head = (2 if work.fused_norm else 3) * rows * hidden / residual * size + 8 * rows * hidden / residual
+        return int(saved + max(head, layer_peak)), 0
     scored = int(rows * work.scored)
     vocab = padded_vocab(architecture.vocab_size, tensor, work.vocab_multiple) // tensor
     norm = (2 if work.fused_norm else 3) * rows * hidden / residual * size

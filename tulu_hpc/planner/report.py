@@ -9,7 +9,7 @@ from itertools import groupby
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.layer_spec import row_step
 from tulu_hpc.config.loader import ConfigError
-from tulu_hpc.config.schema import RlvrConfig
+from tulu_hpc.config.schema import DpoConfig, RewardModelConfig, RlvrConfig
 from tulu_hpc.config.verbs import TrainingConfig
 from tulu_hpc.parallel.layout import LayoutError, layout_of
 from tulu_hpc.planner.hardware import GIB, RESERVED_BYTES, Gpu, find_gpu
@@ -31,6 +31,8 @@ def workload(config: TrainingConfig, gpus: int | None = None) -> Workload:
             raise ConfigError(f"model.architecture is not given, and {error}") from error
     layout = layout_of(config.parallel, row_step(config.model, config.parallel, config.train.pack_rows))
     copies = cache = 0
+    if isinstance(config, DpoConfig):
+        copies = int(config.dpo.reference == "resident")
     if isinstance(config, RlvrConfig):
         copies = int(config.rlvr.kl_coef > 0)
         rollout = config.rollout
@@ -50,6 +52,7 @@ def workload(config: TrainingConfig, gpus: int | None = None) -> Workload:
         resident_copies=copies,
         cache_tokens=cache,
         fp32_head=config.model.fp32_head,
+        head="value" if isinstance(config, RewardModelConfig) else "logprobs",
     )
 
 
@@ -61,7 +64,7 @@ def plan_text(config: TrainingConfig, *, gpu: str = "h100", gpus: int | None = N
     worst = max(stages, key=lambda stage: stage.total)
     ranks = layout.model_parallel * work.data
     lines = [
-        f"{config.run.name}: {work.architecture.parameter_count():,} parameters on {ranks} x {device.name}: "
+        f"{config.run.name}: {_parameters(work):,} parameters on {ranks} x {device.name}: "
         f"tensor {layout.tensor}{' (sequence)' if layout.sequence_parallel else ''}, pipeline {layout.pipeline}"
         f"{f' x {layout.virtual_pipeline} chunks' if layout.virtual_pipeline else ''}{_uneven(stages)}, "
         f"context {layout.context}, "
@@ -85,6 +88,15 @@ def _uneven(stages: list[StageMemory]) -> str:
         return ""
     runs = [(count, len(list(run))) for count, run in groupby(layers)]
     return f" of {' + '.join(f'{times} x {count}' if times > 1 else str(count) for count, times in runs)} layers"
+
+
+def _parameters(work: Workload) -> int:
+    """Of the whole model, vocabulary as given."""
+    architecture = work.architecture
+    if work.head == "logprobs":
+        return architecture.parameter_count()
+    untied = 0 if architecture.tie_word_embeddings else architecture.vocab_size
+    return architecture.parameter_count() - (untied - 1) * architecture.hidden_size
 
 
 def _table(stages: list[StageMemory], worst: StageMemory) -> list[str]:

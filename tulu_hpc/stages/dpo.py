@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tulu_hpc.config.architecture import Architecture
+from tulu_hpc.config.loader import ConfigError
+from tulu_hpc.config.run_directory import RunDirectory
 from tulu_hpc.config.schema import DpoConfig
 from tulu_hpc.data.loader import StepData
 from tulu_hpc.data.packed_batch import Item
 from tulu_hpc.models.llama import TokenLogprobs
 from tulu_hpc.objectives.preference import preference_terms
+from tulu_hpc.objectives.sources import source_names
 from tulu_hpc.objectives.terms import Terms, own_targets, sequence_lengths
 from tulu_hpc.parallel.context import RankBatch
+from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.stages import training_run
 from tulu_hpc.stages.training_run import Run
 from tulu_hpc.training import reference
-from tulu_hpc.training.runner import LossFn
-from tulu_hpc.training.trainer import Trainer
+from tulu_hpc.training.runner import LossFn, Runner
+from tulu_hpc.training.trainer import load_model
 
-REFERENCE_FREE = ("simpo", "orpo")
 # (absolute, relative) difference allowed between a cached log-prob and its recomputation by another layout or kernel:
 # rounding in fp32; in bf16 about 0.05 per token, of both signs, over a few hundred tokens.
 TOLERANCE = {"float32": (1e-3, 1e-4), "bfloat16": (2.0, 2e-2)}
@@ -27,8 +32,9 @@ TOLERANCE = {"float32": (1e-3, 1e-4), "bfloat16": (2.0, 2e-2)}
 def run(config: DpoConfig) -> Path:
     """Train on the pairs of `data.path`; return the run directory.
 
-    The reference is the model at `model.path` (simpo and orpo need none). Its log-probs are computed (or found in the
-    cache and checked) before the first step, and then it is not needed again. Resuming is as in SFT.
+    The reference is the model at `model.path` (simpo and orpo need none). Cached, its log-probs are computed (or found
+    on disk and checked) before the first step, and then it is not needed again. Resident, a second copy of the model
+    reads the packs of every step. Resuming is as in SFT.
 
     Raises:
         ConfigError, RecordError, LayoutError: naming the key, file, line or rank.
@@ -42,22 +48,64 @@ def run(config: DpoConfig) -> Path:
     # Also refuses a pair that fits into no pack, before any work is done.
     steps = training_run.make_loader(run, items, pad_id=pad_id).num_steps
     trainer = training_run.make_trainer(run, total_steps=steps)
-    if config.dpo.kind not in REFERENCE_FREE:
-        items = add_reference(run, config, trainer, items, pad_id)
+    resident: Runner | None = None
+    if config.dpo.reference == "resident":
+        resident = reference_model(config, run.groups, run.architecture)
+    elif config.dpo.needs_reference:
+        directory = Path(config.dpo.reference_cache or run.directory.root / "reference")
+        items = add_reference(run, config, trainer.runner, items, pad_id, directory)
     loader = training_run.make_loader(run, items, pad_id=pad_id)
     training_run.resume(run, trainer, loader)
-    training_run.fit(run, trainer, loader, lambda data: batch_loss(run, config, data))
+    names = source_names(items)
+
+    def make_loss(data: StepData) -> LossFn:
+        if resident is not None:
+            reference.add_sums(data.packs, resident)
+        return batch_loss(run, config, data, names)
+
+    training_run.fit(run, trainer, loader, make_loss)
     return training_run.finish(run, trainer)
 
 
-def add_reference(run: Run, config: DpoConfig, trainer: Trainer, items: list[Item], pad_id: int) -> list[Item]:
-    """The pairs with the log-probs of the model as it was loaded."""
-    directory = Path(config.dpo.reference_cache or run.directory.root / "reference")
+def compute_reference(config: DpoConfig) -> Path:
+    """Only fill `dpo.reference_cache` for the pairs of `data.path`, on any machine and layout; return that directory.
+
+    Raises:
+        ConfigError, RecordError, LayoutError, ReferenceError: as in `run`.
+    """
+    if not config.dpo.needs_reference:
+        raise ConfigError(f"--only-reference: dpo.kind {config.dpo.kind} needs no reference")
+    if config.dpo.reference_cache is None:
+        raise ConfigError("--only-reference: give dpo.reference_cache, the directory that the log-probs go to")
+    directory = Path(config.dpo.reference_cache)
+    groups, architecture = training_run.join(config)
+    run = Run("dpo", config, groups, RunDirectory(directory), architecture)
+    items, pad_id = training_run.load_items(run, "preference", config.data.path)  # by path: without a preview
+    add_reference(run, config, reference_model(config, groups, architecture), items, pad_id, directory)
+    run.say(f"reference log-probs of {len(items)} pairs are in {directory}")
+    return directory
+
+
+def reference_model(config: DpoConfig, groups: Groups, architecture: Architecture) -> Runner:
+    """A frozen copy of the model at `model.path`."""
+    return Runner.create(
+        load_model(config.model, groups, architecture),
+        groups,
+        architecture,
+        split=config.parallel.context_split,
+        strategy=config.model.attention_strategy,
+    )
+
+
+def add_reference(
+    run: Run, config: DpoConfig, runner: Runner, items: list[Item], pad_id: int, directory: Path
+) -> list[Item]:
+    """The pairs with the log-probs of the model in `runner`, which is that of `model.path`."""
     model = config.model
     with run.progress("reference log-probs", len(items)) as progress:
         return reference.attach_reference(
             items,
-            trainer.runner,
+            runner,
             directory=directory,
             fingerprint=reference.weights_fingerprint(Path(model.path), run.groups, dtype=model.precision),
             options=reference.PackOptions(config.train.pack_rows, config.train.prefix_sharing, pad_id),
@@ -67,7 +115,7 @@ def add_reference(run: Run, config: DpoConfig, trainer: Trainer, items: list[Ite
         )
 
 
-def batch_loss(run: Run, config: DpoConfig, data: StepData) -> LossFn:
+def batch_loss(run: Run, config: DpoConfig, data: StepData, names: Sequence[str] = ()) -> LossFn:
     """The loss of one global batch: the mean over its pairs."""
     group = run.groups.pg.cp if run.groups.cp_size > 1 else None
 
@@ -84,6 +132,8 @@ def batch_loss(run: Run, config: DpoConfig, data: StepData) -> LossFn:
             global_pairs=data.num_items_global,
             beta=config.dpo.beta,
             cp_group=group,
+            sources=pack.sources,
+            source_names=names,
             **loss_options(config),
         )
 

@@ -291,8 +291,9 @@ def update_metrics(results: Sequence[StepResult], planned: int) -> dict[str, flo
     metrics: dict[str, float] = {"train/updates": len(results), "train/skipped_updates": planned - len(results)}
     if not results:
         return metrics
-    for name in results[0].metrics:
-        metrics[f"train/{name.removeprefix('policy/')}"] = _mean([each.metrics[name] for each in results])
+    for name in dict.fromkeys(name for each in results for name in each.metrics):
+        values = [each.metrics[name] for each in results if name in each.metrics]
+        metrics[f"train/{name.removeprefix('policy/')}"] = _mean(values)
     metrics["train/grad_norm"] = _mean([each.grad_norm for each in results])
     metrics["train/lr"] = results[-1].lr
     metrics["train/tokens"] = sum(each.targets for each in results)

@@ -35,7 +35,9 @@ def _models_of(config: Any) -> list[str]:
 
 
 def _data_of(config: Any) -> list[str]:
-    if isinstance(config, schema.SftConfig | schema.DpoConfig | schema.RlvrConfig | schema.PreferConfig):
+    if isinstance(config, schema.RewardModelConfig):
+        return [*config.data.path, *config.rm.eval_path]
+    if isinstance(config, schema.StageConfig | schema.PreferConfig):
         return config.data.path
     if isinstance(config, schema.EvalConfig):
         tasks = [*config.eval.dev, *config.eval.unseen]
@@ -59,7 +61,7 @@ def outputs_of(config: Any, options: Sequence[str] = ()) -> list[Path]:
     Raises:
         ValueError: a training step without run.dir, whose result no later step could find.
     """
-    if isinstance(config, schema.SftConfig | schema.DpoConfig | schema.RlvrConfig):
+    if isinstance(config, schema.StageConfig):
         if config.run.dir is None:
             raise ValueError("a training step of a recipe needs run.dir")
         run_dir = Path(config.run.dir)
@@ -89,6 +91,7 @@ def outputs_of(config: Any, options: Sequence[str] = ()) -> list[Path]:
 _OUTPUT_KEYS: dict[type, str] = {
     schema.SftConfig: "run.dir",
     schema.DpoConfig: "run.dir",
+    schema.RewardModelConfig: "run.dir",
     schema.RlvrConfig: "run.dir",
     schema.EvalConfig: "eval.output",
     schema.PreferConfig: "prefer.output",
@@ -136,7 +139,7 @@ def _places(config: Any) -> tuple[list[Path], list[Path]]:
         return [], outputs_of(config)
     if isinstance(config, schema.PreferConfig):
         return outputs_of(config), [Path(f"{config.prefer.output}.parts")]
-    if isinstance(config, schema.SftConfig | schema.DpoConfig | schema.RlvrConfig):
+    if isinstance(config, schema.StageConfig):
         if config.run.dir is None:
             return [Path(config.run.root) / "new" / "metrics.jsonl"], []
         metrics, *exported = outputs_of(config)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from tulu_hpc.config.schema import DpoConfig, SftConfig
+from tulu_hpc.config.schema import DpoConfig, RewardModelConfig, SftConfig
 from tulu_hpc.config.sections import DataSection
 from tulu_hpc.data.chat_template import ChatTemplate
 from tulu_hpc.data.datasets import preference_items, sft_items
@@ -45,7 +45,7 @@ def read_items(
     return items, lines
 
 
-def preview(config: SftConfig | DpoConfig, *, rows: int, output: Path | None = None) -> Path:
+def preview(config: SftConfig | DpoConfig | RewardModelConfig, *, rows: int, output: Path | None = None) -> Path:
     """Write the page that shows what this file would train (verb `data preview`), and return where it lies.
 
     Raises:

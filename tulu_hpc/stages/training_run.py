@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,15 +12,18 @@ from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.layer_spec import row_step
 from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.run_directory import RunDirectory
-from tulu_hpc.config.schema import DpoConfig, RlvrConfig, SftConfig
+from tulu_hpc.config.schema import RlvrConfig
 from tulu_hpc.config.sections import ModelSection
+from tulu_hpc.config.verbs import TrainingConfig
 from tulu_hpc.data import sample_log
 from tulu_hpc.data.chat_template import ChatTemplate
+from tulu_hpc.data.flops import forward_flops, item_work
 from tulu_hpc.data.loader import ItemLoader, StepData
 from tulu_hpc.data.packed_batch import Item
 from tulu_hpc.data.sample_log import SampleLog
 from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.models.convert import save_hf
+from tulu_hpc.models.scalar_head import Head
 from tulu_hpc.models.transformer_engine import check_layers
 from tulu_hpc.parallel.communication import timed_collectives
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
@@ -46,7 +49,7 @@ class Run:
     """An opened run on this process."""
 
     verb: str
-    config: SftConfig | DpoConfig | RlvrConfig
+    config: TrainingConfig
     groups: Groups
     directory: RunDirectory
     architecture: Architecture
@@ -81,7 +84,7 @@ class Run:
         return self.directory.root
 
 
-def open_run(config: SftConfig | DpoConfig | RlvrConfig, verb: str) -> Run:
+def open_run(config: TrainingConfig, verb: str) -> Run:
     """Start the processes' groups and open (or reopen) the run directory.
 
     Raises:
@@ -89,6 +92,14 @@ def open_run(config: SftConfig | DpoConfig | RlvrConfig, verb: str) -> Run:
         LayoutError: the number of processes does not fit the layout.
         LayerSpecError: Transformer Engine's layers are asked for and cannot be imported.
     """
+    groups, architecture = join(config)
+    directory = RunDirectory.open(config, verb=verb, is_main=groups.is_main, broadcast=groups.broadcast_object)
+    checkpoint.clean(directory.checkpoints, groups)
+    return Run(verb, config, groups, directory, architecture)
+
+
+def join(config: TrainingConfig) -> tuple[Groups, Architecture]:
+    """Start the processes' groups and read the shape of the model; without a run directory."""
     determinism.configure(deterministic=config.run.deterministic, threads=config.run.threads)
     check_layers(config.model.layer_spec)
     groups = initialize(
@@ -96,10 +107,7 @@ def open_run(config: SftConfig | DpoConfig | RlvrConfig, verb: str) -> Run:
         seed=config.run.seed,
         timeout_minutes=config.run.distributed_timeout_minutes,
     )
-    architecture = read_architecture(config.model)
-    directory = RunDirectory.open(config, verb=verb, is_main=groups.is_main, broadcast=groups.broadcast_object)
-    checkpoint.clean(directory.checkpoints, groups)
-    return Run(verb, config, groups, directory, architecture)
+    return groups, read_architecture(config.model)
 
 
 def read_architecture(model: ModelSection) -> Architecture:
@@ -116,18 +124,21 @@ def read_architecture(model: ModelSection) -> Architecture:
     return found
 
 
-def load_items(run: Run, kind: Literal["sft", "preference"]) -> tuple[list[Item], int]:
-    """Every item of `data.path`, tokenised, and the token that pads packs.
+def load_items(
+    run: Run, kind: Literal["sft", "preference"], paths: Sequence[str] | None = None
+) -> tuple[list[Item], int]:
+    """Every item of `paths` (None: `data.path`), tokenised, and the token that pads packs.
 
     Raises:
         RecordError: a malformed row with its file, line and field (unless data.on_error is skip: counted and reported).
         MaskProofError: a conversation whose label mask cannot be proven, with the span.
     """
     tokenizer = load_tokenizer(run.config.model.path, run.architecture.vocab_size)
-    items, lines = read_items(run.config.data, tokenizer, kind, run.say)
+    data = run.config.data if paths is None else run.config.data.model_copy(update={"path": list(paths)})
+    items, lines = read_items(data, tokenizer, kind, run.say)
     assert not isinstance(run.config, RlvrConfig)  # has prompts, not items
     rows = run.config.train.preview_rows
-    if items and rows and run.groups.is_main:
+    if items and rows and paths is None and run.groups.is_main:
         title = f"{run.config.run.name}: what is trained"
         write_preview(run.directory.masks, items, tokenizer, title=title, rows=rows, lines=lines)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -152,11 +163,12 @@ def make_loader(run: Run, items: list[Item], *, pad_id: int) -> ItemLoader:
         multiple=row_multiple(groups.layout, run.config.parallel.context_split),
         share=train.prefix_sharing,
         pad_id=pad_id,
+        cost=lambda item: forward_flops(run.architecture, item_work(item, share=train.prefix_sharing)).total,
     )
 
 
-def make_trainer(run: Run, *, total_steps: int, load_weights: bool = True) -> Trainer:
-    """The model of the configuration, ready to train."""
+def make_trainer(run: Run, *, total_steps: int, load_weights: bool = True, head: Head = "logprobs") -> Trainer:
+    """The model of the configuration, ready to train; a scalar head that `model.path` lacks is drawn by run.seed."""
     config = run.config
     trainer = build_trainer(
         model=config.model,
@@ -167,6 +179,8 @@ def make_trainer(run: Run, *, total_steps: int, load_weights: bool = True) -> Tr
         groups=run.groups,
         architecture=run.architecture,
         load_weights=load_weights,
+        head=head,
+        new_head_seed=config.run.seed,
     )
     trainer.watch = NonFiniteWatch(config.train.nan_watch, run.directory.root)
     return trainer
@@ -182,11 +196,19 @@ def resume(run: Run, trainer: Trainer, loader: ItemLoader) -> None:
     run.say(f"resumed at step {step} of {loader.num_steps}")
 
 
-def fit(run: Run, trainer: Trainer, loader: ItemLoader, make_loss: Callable[[StepData], LossFn]) -> None:
+def fit(
+    run: Run,
+    trainer: Trainer,
+    loader: ItemLoader,
+    make_loss: Callable[[StepData], LossFn],
+    *,
+    evaluate: Callable[[int], dict[str, float]] = lambda step: {},
+) -> None:
     """Train to the end of the loader; log, save, and stop early when asked to.
 
     Args:
         make_loss: the loss of one global batch, from that batch's data (its denominators).
+        evaluate: called on every rank after each step with its number; what it returns is logged with the step.
 
     Raises:
         Preempted: the run was asked to stop; its state is saved.
@@ -227,10 +249,11 @@ def fit(run: Run, trainer: Trainer, loader: ItemLoader, make_loss: Callable[[Ste
                 marks = clock.stop()
             samples.write(result.step, [i for pack in data.packs for i in pack.item_ids], batch=data.num_items_global)
             throughput.add(result, marks)
-            if result.step % train.log_every == 0 or result.step == total:
-                logger.log(result.step, {**_metrics(result), **throughput.metrics()})
+            evaluated = evaluate(result.step)
+            if result.step % train.log_every == 0 or result.step == total or evaluated:
+                logger.log(result.step, {**_metrics(result), **throughput.metrics(), **evaluated})
             progress.update(result.step, tokens=result.rows, loss=f"{result.loss:.7f}", lr=result.lr)
-            saver.observe(_named(result))
+            saver.observe({**_named(result), **evaluated})
             saver.poll()
             last = result.step == total
             if last or result.stop_requested or (train.save_every and result.step % train.save_every == 0):
@@ -267,14 +290,16 @@ def make_saver(run: Run, trainer: Trainer) -> Saver:
 
 def _throughput(run: Run, trainer: Trainer) -> Throughput:
     """Accounting of this run from the trainer's step on."""
-    telemetry = run.config.telemetry
+    telemetry, architecture = run.config.telemetry, run.architecture
+    if trainer.models[0].head == "value":
+        architecture = architecture.model_copy(update={"vocab_size": 1})  # what its head computes per row
     peak, sentence = total_peak(run.groups, DTYPES[run.config.model.dtype], telemetry.peak_tflops)
     run.say(sentence)
     if run.groups.is_main:
         truncate_after(run.directory.root / STRAGGLERS, trainer.step)
     return Throughput(
         groups=run.groups,
-        architecture=run.architecture,
+        architecture=architecture,
         recompute=run.config.train.recompute,
         telemetry=telemetry,
         directory=run.directory.root,
@@ -310,7 +335,7 @@ def finish(run: Run, trainer: Trainer) -> Path:
     return run.directory.root
 
 
-def exported_template(config: SftConfig | DpoConfig | RlvrConfig) -> str | None:
+def exported_template(config: TrainingConfig) -> str | None:
     """The template trained with, where it is not the tokenizer's own: who loads the export must prompt by it."""
     tokenizer = load_tokenizer(config.model.path)
     source = ChatTemplate.load(config.data.chat_template, tokenizer).source

@@ -1,68 +1,34 @@
 """Reference log-probs of preference pairs, computed once and kept on disk.
 
 The reference of DPO never changes, so its log-probs are a property of (weights, token ids). They are computed by
-forward passes over the same kind of packs that training uses and stored under a key made of exactly that content:
-
-    {directory}/{fingerprint of the weights}/index.json, shard_000000.npz, ...
-
-so the cache does not depend on the order of the data, the layout, the seed or the run, and a run that is interrupted
-while filling it goes on where it was. Rows found on disk are not trusted blindly: some are computed again at every
-start.
+forward passes over the same kind of packs that training uses and stored under a key made of exactly that content
+(`reference_cache`); a run that is interrupted while filling the cache goes on where it was. Rows found on disk are not
+trusted blindly: some are computed again at every start.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import xxhash
-from torch import Tensor
 
-from tulu_hpc.data.loader import deal, pack_items
-from tulu_hpc.data.packed_batch import Item, PackedBatch, rows_of
+from tulu_hpc.data.packed_batch import Item, PackedBatch
 from tulu_hpc.models.model_files import is_imported, read_record
 from tulu_hpc.objectives.terms import sequence_sums
 from tulu_hpc.parallel.layout import Groups
-from tulu_hpc.training.runner import Runner, row_multiple
+from tulu_hpc.training.pair_sums import PackOptions, Sums, compute_sums, item_key
+from tulu_hpc.training.reference_cache import ReferenceCache
+from tulu_hpc.training.runner import Runner
 
 COLUMN = "reference_logprobs"  # per-sequence column of items and packs: sum over the scored tokens
-Sums = tuple[float, float]  # of (chosen, rejected)
 
 
 class ReferenceError(ValueError):
-    """The cache does not agree with the reference model."""
-
-
-@dataclass(frozen=True)
-class PackOptions:
-    """How pairs are packed for the forward passes (as in training)."""
-
-    pack_rows: int
-    share: bool = True
-    pad_id: int = 0
-
-
-def item_key(item: Item) -> str:
-    """Content hash of a pair: prompt, responses and which of their tokens are scored."""
-    digest = xxhash.xxh3_128()
-    for part in (item.prompt, *(response.tokens for response in item.responses)):
-        _update(digest, part)
-    for response in item.responses:
-        if response.mask is not None:
-            _update(digest, response.mask.bool())
-    return digest.hexdigest()
-
-
-def _update(digest: Any, tensor: Tensor) -> None:
-    digest.update(f"{tensor.dtype}{tensor.numel()};".encode())
-    digest.update(tensor.contiguous().numpy().tobytes())
+    """The cache does not agree with the reference model, or cannot be read or written."""
 
 
 def weights_fingerprint(path: Path, groups: Groups, *, dtype: str) -> str:
@@ -92,51 +58,6 @@ def _file_hash(file: Path) -> str:
     return digest.hexdigest()
 
 
-class ReferenceCache:
-    """Rows of one reference model on disk. Only the main process writes.
-
-    Attributes:
-        rows: key -> (chosen, rejected) sums.
-    """
-
-    def __init__(self, directory: Path, fingerprint: str) -> None:
-        self.directory = directory / fingerprint
-        self.rows: dict[str, Sums] = {}
-        self._shards: dict[str, str] = {}
-        index = self.directory / "index.json"
-        if index.is_file():
-            for name, wanted in json.loads(index.read_text())["shards"].items():
-                self._load(name, wanted)
-
-    def _load(self, name: str, wanted: str) -> None:
-        file = self.directory / name
-        if not file.is_file() or _file_hash(file) != wanted:
-            print(f"reference cache: {file} is missing or damaged; its rows are computed again", file=sys.stderr)
-            return
-        with np.load(file) as shard:
-            keys, sums = shard["keys"].tolist(), shard["sums"].tolist()
-        self.rows.update({key.decode(): (pair[0], pair[1]) for key, pair in zip(keys, sums, strict=True)})
-        self._shards[name] = wanted
-
-    def append(self, rows: dict[str, Sums]) -> None:
-        """Write rows as a new shard, then publish it in the index; each step is atomic."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        number = len(self._shards)
-        while (name := f"shard_{number:06d}.npz") in self._shards:
-            number += 1
-        partial = self.directory / f".{name}.tmp"
-        with partial.open("wb") as stream:
-            np.savez(stream, keys=np.array([k.encode() for k in rows]), sums=np.array(list(rows.values()), np.float64))
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.rename(self.directory / name)
-        self._shards[name] = _file_hash(self.directory / name)
-        index = self.directory / ".index.json.tmp"
-        index.write_text(json.dumps({"shards": self._shards}, indent=1))
-        index.rename(self.directory / "index.json")
-        self.rows.update(rows)
-
-
 def attach_reference(
     items: Sequence[Item],
     runner: Runner,
@@ -160,20 +81,20 @@ def attach_reference(
         on_progress: called with the number of pairs whose log-probs are known.
 
     Raises:
-        ReferenceError: a row on disk differs from what the model says.
+        ReferenceError: on every rank; a row on disk differs from what the model says, or the disk fails.
     """
     groups = runner.groups
-    cache = ReferenceCache(directory, fingerprint) if groups.is_main else None
-    rows: dict[str, Sums] = groups.broadcast_object(cache.rows if cache is not None else None)
+    cache, rows = _open(directory, fingerprint, groups)
     keyed = {item_key(item): item for item in items}
-    missing = [key for key in keyed if key not in rows]
+    # Sorted: which pairs share packs, and so the last bit of a sum, does not depend on the order of the data.
+    missing = sorted(key for key in keyed if key not in rows)
     known = sorted(key for key in keyed if key in rows)
+    on_progress(len(known))
     if known:
         _verify(known, keyed, rows, runner, options, tolerance, seed, verify_rows)
     for start in range(0, len(missing), chunk_items):
         computed = compute_sums({key: keyed[key] for key in missing[start : start + chunk_items]}, runner, options)
-        if cache is not None:
-            cache.append(computed)
+        _append(cache, computed, groups)
         rows.update(computed)
         on_progress(len(known) + min(start + chunk_items, len(missing)))
     columns = (rows[item_key(item)] for item in items)
@@ -183,29 +104,37 @@ def attach_reference(
     ]
 
 
-def compute_sums(keyed: dict[str, Item], runner: Runner, options: PackOptions) -> dict[str, Sums]:
-    """Sums of the log-probs of both responses of each pair, on every rank; data-parallel ranks share the work."""
-    groups = runner.groups
-    # The key travels as the item's id, so that it can be read off the packs.
-    items = [replace(item, id=key, per_sequence={}, per_target={}) for key, item in keyed.items()]
-    share = deal([rows_of(item, options.share) for item in items], groups.dp_size)[groups.dp_rank]
-    packs = pack_items(
-        [items[i] for i in share],
-        capacity=options.pack_rows,
-        multiple=row_multiple(groups.layout, runner.split),
-        share=options.share,
-        pad_id=options.pad_id,
-    )
-    mine: dict[str, Sums] = {}
+def add_sums(packs: Sequence[PackedBatch], runner: Runner) -> None:
+    """Give each pack the column `reference_logprobs` of its sequences by a forward pass of `runner` over these very
+    packs. Collective over the replica."""
     for pack, logprobs_K in zip(packs, runner.logprobs(packs), strict=True):
-        mine.update(_pair_sums(pack, logprobs_K))
-    return {key: sums for part in groups.all_gather_object(mine) for key, sums in part.items()}
+        sequence_id_K = pack.sequence_id_K.to(logprobs_K.device)
+        pack.per_sequence[COLUMN] = sequence_sums(logprobs_K, sequence_id_K, pack.num_sequences).cpu()
 
 
-def _pair_sums(pack: PackedBatch, logprobs_K: Tensor) -> Iterable[tuple[str, Sums]]:
-    sums_Q = sequence_sums(logprobs_K, pack.sequence_id_K.to(logprobs_K.device), pack.num_sequences).cpu()
-    pairs = [(chosen, rejected) for chosen, rejected in sums_Q[pack.pairs_P2.cpu()].tolist()]
-    return zip(pack.item_ids, pairs, strict=True)
+def _open(directory: Path, fingerprint: str, groups: Groups) -> tuple[ReferenceCache | None, dict[str, Sums]]:
+    """The cache (on the main process) and its rows; what fails there is raised everywhere."""
+    cache, failure = None, None
+    if groups.is_main:
+        try:
+            cache = ReferenceCache(directory, fingerprint)
+        except (OSError, ValueError) as error:
+            failure = f"reference log-probs of {directory}: {error}"
+    rows, failure = groups.broadcast_object((cache.rows if cache else {}, failure))
+    if failure:
+        raise ReferenceError(failure)
+    return cache, rows
+
+
+def _append(cache: ReferenceCache | None, computed: dict[str, Sums], groups: Groups) -> None:
+    failure = None
+    if cache is not None:
+        try:
+            cache.append(computed)
+        except OSError as error:
+            failure = f"reference log-probs cannot be written: {error}"
+    if failure := groups.broadcast_object(failure):
+        raise ReferenceError(failure)
 
 
 def _verify(

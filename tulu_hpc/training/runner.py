@@ -21,17 +21,26 @@ from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.data.packed_batch import PackedBatch, pack
 from tulu_hpc.models.build import local_heads
 from tulu_hpc.models.llama import TokenLogprobs, score
+from tulu_hpc.models.scalar_head import RowValues
 from tulu_hpc.objectives.terms import Terms
 from tulu_hpc.parallel.context import RankBatch, Split, rank_batch
 from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.layout import Groups, Layout
 
-LossFn = Callable[[TokenLogprobs, RankBatch], Terms]
+# What the last stage returned (TokenLogprobs, or RowValues of a scalar head) and its micro-batch -> their terms.
+LossFn = Callable[[Any, RankBatch], Terms]
 
 
 def row_multiple(layout: Layout, split: Split = "greedy") -> int:
     """The number of rows of a pack must be a multiple of this (`pack(multiple=...)`)."""
     return layout.row_multiple * (2 if split == "zigzag" and layout.context > 1 else 1)
+
+
+def target_values(output: RowValues, batch: RankBatch) -> Tensor:
+    """[Kr] value at the row before each target of this rank, differentiable."""
+    row_K = batch.params.row_K
+    assert row_K is not None
+    return output.values_T[row_K]
 
 
 @dataclass
@@ -94,22 +103,30 @@ class Runner:
         Gradients are then reduced over all ranks by the model config's `finalize_model_grads_func`.
         """
 
-        def loss(batch: RankBatch, output: TokenLogprobs) -> tuple[Tensor, int, Terms]:
+        def loss(batch: RankBatch, output: TokenLogprobs | RowValues) -> tuple[Tensor, int, Terms]:
             terms = loss_fn(output, batch)
             return terms.loss, 0, Terms(terms.loss.detach(), terms.metrics)
 
         return self._run(batches, loss, forward_only=False)
 
-    @torch.no_grad()
     def logprobs(self, packs: Sequence[PackedBatch]) -> list[Tensor]:
         """Log-probs of each pack's targets, [K] fp32 in the pack's order, on every rank of the replica."""
+        return self._per_target(packs, lambda output, batch: output.logprobs_K)
 
-        def collect(batch: RankBatch, output: TokenLogprobs) -> tuple[Tensor, int, Tensor]:
+    def values(self, packs: Sequence[PackedBatch]) -> list[Tensor]:
+        """Of a model with a scalar head: the value of the state in which each target was chosen (that of the row
+        before it), [K] fp32 in the pack's order, on every rank of the replica."""
+        return self._per_target(packs, target_values)
+
+    @torch.no_grad()
+    def _per_target(self, packs: Sequence[PackedBatch], read: Callable[[Any, RankBatch], Tensor]) -> list[Tensor]:
+        def collect(batch: RankBatch, output: Any) -> tuple[Tensor, int, Tensor]:
+            mine = read(output, batch)
             if self.groups.cp_size == 1:
-                return output.logprobs_K.new_zeros(()), 0, output.logprobs_K
-            whole = output.logprobs_K.new_zeros(batch.keep_K.shape[0])
-            whole[batch.keep_K] = output.logprobs_K
-            return output.logprobs_K.new_zeros(()), 0, whole
+                return mine.new_zeros(()), 0, mine
+            whole = mine.new_zeros(batch.keep_K.shape[0])
+            whole[batch.keep_K] = mine
+            return mine.new_zeros(()), 0, whole
 
         packs = list(packs)
         stored = self._run(self.prepare(packs), collect, forward_only=True)

@@ -90,14 +90,15 @@ class Saver:
         """Note the metrics of a step, for choosing the best checkpoint.
 
         Raises:
-            MetricError: the chosen metric is not among those of a step with an update; with the names there are.
+            MetricError: the chosen metric is not among those of a step with an update; with the names there are. Those
+                of `eval/` come at some steps only.
         """
         name = self._retention.metric
         if name is None:
             return
         if name in metrics:
             self._values.append(float(metrics[name]))
-        elif "train/grad_norm" in metrics:
+        elif "train/grad_norm" in metrics and not name.startswith("eval/"):
             raise MetricError(f"train.best_metric = {name}: there is no such metric; there are {', '.join(metrics)}")
 
     def save(self, extra: dict[str, Any], *, wait: bool = False) -> None:

@@ -27,8 +27,9 @@ __all__ = ["NonFiniteError", "SpikeError", "StepResult", "train_step"]
 class StepResult:
     """What a step did; equal on all ranks.
 
-    step: optimizer steps done, this one included. lr: used by this step. metrics: quotients of the objective's sums.
-    rows: tokens read by the network, padding included. targets: tokens scored. seconds: wall clock of this rank.
+    step: optimizer steps done, this one included. lr: used by this step. metrics: quotients of the objective's sums,
+    without those that no rank counted anything for. rows: tokens read by the network, padding included. targets: tokens
+    scored. seconds: wall clock of this rank.
     stop_requested: some rank was asked to stop. work: of the global batch, for its FLOPs. skipped: the gradient norm
     was a spike and no parameter was changed; skipped_steps counts such steps since the start of the run.
     """
@@ -47,8 +48,8 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        """The metric `loss` of the objective."""
-        return self.metrics["loss"]
+        """The metric `loss` of the objective; NaN when the global batch had nothing to count."""
+        return self.metrics.get("loss", math.nan)
 
 
 def train_step(
@@ -173,8 +174,5 @@ def _reduce(
     if groups.world_size > 1:
         dist.all_reduce(values)
     stop, bad, rows, pairs, head_rows, targets, *flat = values.tolist()
-    quotients = {
-        name: total / count if count else math.nan
-        for name, total, count in zip(names, flat[0::2], flat[1::2], strict=True)
-    }
+    quotients = {name: total / count for name, total, count in zip(names, flat[0::2], flat[1::2], strict=True) if count}
     return _Totals(quotients, Work(int(rows), int(pairs), int(head_rows)), int(targets), int(bad), stop > 0)

@@ -16,6 +16,7 @@ from torch import nn
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.sections import ModelSection, OptimizerSection, ParallelSection
 from tulu_hpc.models.build import build_model
+from tulu_hpc.models.scalar_head import Head
 from tulu_hpc.models.transformer_engine import TransformerEngineOptions
 from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.layout import Groups
@@ -95,11 +96,14 @@ def build_trainer(
     groups: Groups,
     architecture: Architecture,
     load_weights: bool = True,
+    head: Head = "logprobs",
+    new_head_seed: int | None = None,
 ) -> Trainer:
     """Build, load `model.path` (unless a checkpoint follows: `load_weights=False`), wrap.
 
     Args:
         total_steps: optimizer steps of the whole run; the schedule ends there.
+        head, new_head_seed: as in `load_model`.
 
     Raises:
         ValueError: gradients of lower precision than the model's, or an fp32 head without the distributed optimizer;
@@ -110,7 +114,15 @@ def build_trainer(
     if model.precision != model.dtype and not parallel.distributed_optimizer:
         # megatron's other optimizer for bf16 writes no checkpoint of a model with fp32 parameters in it.
         raise ValueError("model.fp32_head in a bfloat16 model needs parallel.distributed_optimizer")
-    chunks = load_model(model, groups, architecture, recompute=recompute, load_weights=load_weights)
+    chunks = load_model(
+        model,
+        groups,
+        architecture,
+        recompute=recompute,
+        load_weights=load_weights,
+        head=head,
+        new_head_seed=new_head_seed,
+    )
     wrapped = wrap_data_parallel(chunks, parallel, optimizer, groups)
     schedule = Schedule(
         lr=optimizer.lr,
@@ -141,8 +153,16 @@ def load_model(
     *,
     recompute: Literal["none", "selective", "full"] = "none",
     load_weights: bool = True,
+    head: Head = "logprobs",
+    new_head_seed: int | None = None,
 ) -> list[Any]:
-    """This rank's model chunks with the weights of `model.path` (a policy to be wrapped, or a reference)."""
+    """This rank's model chunks with the weights of `model.path` (a policy to be wrapped, or a reference).
+
+    Args:
+        head: `value` for reward and value models: with `Runner.values` the start of PPO's value model is the export of
+            a reward model, read here with `head="value"`.
+        new_head_seed: draw a scalar head by this seed where `model.path` is a language model; None: it must have one.
+    """
     chunks = build_model(
         architecture,
         groups,
@@ -154,9 +174,10 @@ def load_model(
         # The embedding's gradient: torch does not refuse F.embedding on CUDA, but its sums have no fixed order.
         deterministic=default_device().type == "cuda" and torch.are_deterministic_algorithms_enabled(),
         transformer_engine=_transformer_engine(model, groups),
+        head=head,
     )
     if load_weights:
-        load_pretrained(chunks, Path(model.path), architecture, groups)
+        load_pretrained(chunks, Path(model.path), architecture, groups, new_head_seed=new_head_seed)
     return chunks
 
 

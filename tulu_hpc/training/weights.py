@@ -9,22 +9,30 @@ from typing import Any
 from megatron.core import dist_checkpointing
 
 from tulu_hpc.config.architecture import Architecture
+from tulu_hpc.models.build import unwrap
 from tulu_hpc.models.convert import load_hf
 from tulu_hpc.models.model_files import is_imported, read_record, verify_files
 from tulu_hpc.parallel.layout import Groups
 
 
-def load_pretrained(chunks: Sequence[Any], path: Path, architecture: Architecture, groups: Groups) -> None:
+def load_pretrained(
+    chunks: Sequence[Any], path: Path, architecture: Architecture, groups: Groups, *, new_head_seed: int | None = None
+) -> None:
     """Fill this rank's model chunks. Collective.
 
     Every file of an imported checkpoint is compared with its checksum first, the ranks sharing the files.
+
+    Args:
+        new_head_seed: as in `load_hf`.
 
     Raises:
         ValueError: on every rank; damaged or missing files, or a Hugging Face directory that is not the model.
     """
     if not is_imported(path):
-        load_hf(chunks, path, architecture, groups)
+        load_hf(chunks, path, architecture, groups, new_head_seed=new_head_seed)
         return
+    if unwrap(chunks[0]).head == "value":
+        raise ValueError(f"{path}: an imported checkpoint has no scalar head; give the Hugging Face directory")
     names = sorted(read_record(path)["files"])
     mine = verify_files(path, names[groups.rank :: groups.world_size])
     problems = [f"{name}: {what}" for share in groups.all_gather_object(mine) for name, what in share.items()]
