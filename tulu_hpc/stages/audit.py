@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tulu_hpc.config.architecture import Architecture
-from tulu_hpc.config.loader import dump_yaml
+from tulu_hpc.config.loader import ConfigError, dump_yaml
 from tulu_hpc.config.run_directory import RunDirectory
 from tulu_hpc.config.schema import DpoConfig, SftConfig
 from tulu_hpc.config.sections import ModelSection
@@ -27,15 +27,16 @@ from tulu_hpc.diagnostics.certificate import Certificate, Check, Difference
 from tulu_hpc.diagnostics.hugging_face import ItemLoss, Truth
 from tulu_hpc.kernels import preference_loss
 from tulu_hpc.models.convert import copy_companions, iter_hf_tensors, write_config
+from tulu_hpc.models.model_files import is_imported
 from tulu_hpc.models.names import hf_shapes
 from tulu_hpc.models.safetensors_files import HfDirectory, published, write_shards
 from tulu_hpc.objectives.terms import Terms
 from tulu_hpc.parallel.device import default_device
-from tulu_hpc.parallel.layout import Groups, initialize, layout_of
+from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.stages import dpo, sft, training_run
 from tulu_hpc.stages.training_data import read_items
 from tulu_hpc.stages.training_run import Run
-from tulu_hpc.training import determinism, reference
+from tulu_hpc.training import reference
 from tulu_hpc.training.runner import LossFn, row_multiple
 from tulu_hpc.training.trainer import Trainer, build_trainer
 
@@ -86,12 +87,12 @@ def run(
     Raises:
         ConfigError, RecordError, LayoutError: naming the key, file, line or rank.
     """
-    determinism.configure(deterministic=config.run.deterministic, threads=config.run.threads)
-    groups = initialize(
-        layout_of(config.parallel), seed=config.run.seed, timeout_minutes=config.run.distributed_timeout_minutes
-    )
+    if is_imported(Path(config.model.path)):
+        raise ConfigError(f"model.path: {config.model.path} is an imported checkpoint; the audit needs what it is of")
+    if config.model.fp8 != "none" and dtype != "bfloat16":
+        raise ConfigError(f"model.fp8 is {config.model.fp8}: audit with --dtype config, fp8 needs bfloat16 around it")
     model = config.model.model_copy(update={"dtype": dtype})
-    architecture = training_run.read_architecture(model)
+    groups, architecture = training_run.join(config.model_copy(update={"model": model}))
     if layers is not None and layers < architecture.num_hidden_layers:
         model, architecture = first_layers(model, architecture, layers, output / "model", groups)
     audited = config.model_copy(update={"model": model})
@@ -221,6 +222,7 @@ def one_batch(run: Run, config: AuditedConfig, items: list[Item], pad_id: int) -
         multiple=row_multiple(run.groups.layout, config.parallel.context_split),
         share=config.train.prefix_sharing,
         pad_id=pad_id,
+        cost=training_run.item_cost(run.architecture, share=config.train.prefix_sharing),
     ).next_step()
 
 

@@ -163,8 +163,13 @@ def make_loader(run: Run, items: list[Item], *, pad_id: int) -> ItemLoader:
         multiple=row_multiple(groups.layout, run.config.parallel.context_split),
         share=train.prefix_sharing,
         pad_id=pad_id,
-        cost=lambda item: forward_flops(run.architecture, item_work(item, share=train.prefix_sharing)).total,
+        cost=item_cost(run.architecture, share=train.prefix_sharing),
     )
+
+
+def item_cost(architecture: Architecture, *, share: bool) -> Callable[[Item], float]:
+    """FLOPs of an item, by which the data-parallel ranks' shares are balanced."""
+    return lambda item: forward_flops(architecture, item_work(item, share=share)).total
 
 
 def make_trainer(run: Run, *, total_steps: int, load_weights: bool = True, head: Head = "logprobs") -> Trainer:
