@@ -70,7 +70,12 @@ def test_what_needs_a_gpu_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     notes = {line["kernel"]: line["note"] for line in result["lines"]}
     for kernel in ("varlen_attn", "cudnn", "flash_attn"):
         assert notes[kernel] == "not measured: CUDA only"
-    assert "CUDA" in notes["ours flash"] and notes["flex"] == "not measured: left out by --skip" and not notes["sdpa"]
+    assert (
+        "CUDA" in notes["ours flash:aten"]
+        and "fa3" in str([*notes])
+        and notes["flex"] == "not measured: left out by --skip"
+        and not notes["sdpa"]
+    )
     figures = [goal["figure"] for goal in result["goals"]]
     assert "H200: Triton, causal 8k D 128, backward, over the best library" in figures
 

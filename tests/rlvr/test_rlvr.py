@@ -67,7 +67,7 @@ def test_later_updates_of_a_step_are_off_policy(whole: Path) -> None:
 
 
 def test_resumed_run_equals_the_uninterrupted_one(inputs: Path, whole: Path, tmp_path: Path) -> None:
-    config = rlvr_config(inputs, tmp_path / "run", rlvr__epochs=2, rlvr__minibatches=2)
+    config = rlvr_config(inputs, tmp_path / "run", rlvr__epochs=2, rlvr__minibatches=2, train__async_save=False)
     for dies_after, saved in ((3, True), (0, True)):
         with pytest.raises(WorkerError, match="Stopped"):
             in_processes(lambda _config, n=dies_after: run_and_die(rlvr.run, _config, n), config)
@@ -193,7 +193,7 @@ def test_own_verifiers(inputs: Path, tmp_path: Path) -> None:
 def test_changed_prompts_are_not_resumed(inputs: Path, tmp_path: Path) -> None:
     data = tmp_path / "prompts.jsonl"
     data.write_text((inputs / "prompts.jsonl").read_text())
-    config = rlvr_config(inputs, tmp_path / "run", data__path=str(data))
+    config = rlvr_config(inputs, tmp_path / "run", data__path=str(data), train__async_save=False)
     with pytest.raises(WorkerError, match="Stopped"):
         in_processes(lambda _config: run_and_die(rlvr.run, _config, 2), config)
     data.write_text("".join(data.read_text().splitlines(keepends=True)[1:]))

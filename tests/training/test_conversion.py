@@ -30,7 +30,7 @@ from tulu_hpc.models.convert import load_hf, save_hf
 from tulu_hpc.models.initialise import random_hf_model
 from tulu_hpc.models.model_files import open_model, verify_files
 from tulu_hpc.parallel.layout import initialize, layout_of
-from tulu_hpc.training import checkpoint
+from tulu_hpc.training import saver
 from tulu_hpc.training.reference import weights_fingerprint
 from tulu_hpc.training.step import train_step
 
@@ -145,7 +145,7 @@ def test_export_of_a_checkpoint_is_what_the_run_exports(
         items = tiny.make_items("spgs")
         data = tiny.global_batch(items, groups, parallel, pack_rows=64)
         train_step(trainer, data.packs, tiny.mixed_loss(groups, items))
-        checkpoint.save(trainer, tmp_path / "checkpoints", {})
+        saver.save(trainer, tmp_path / "checkpoints", {})
         save_hf(trainer.models, tmp_path / "hf", trainer.architecture, groups, source=model)
 
     run_forked(world, save)

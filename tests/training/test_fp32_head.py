@@ -20,7 +20,7 @@ from tulu_hpc.models.convert import save_hf
 from tulu_hpc.models.decode import Decoder
 from tulu_hpc.objectives.terms import Terms
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
-from tulu_hpc.training import checkpoint
+from tulu_hpc.training import checkpoint, saver
 from tulu_hpc.training.step import train_step
 from tulu_hpc.training.trainer import Trainer, build_trainer
 
@@ -116,7 +116,7 @@ def steps(model: Path, parallel: ParallelSection, kinds: Sequence[str], folder: 
         return losses
 
     losses = train(kinds[:1], 0)
-    checkpoint.save(trainer, folder, {})
+    saver.save(trainer, folder, {})
     losses += train(kinds[1:], 1)
     trainer.synchronise_parameters()
     whole = tiny.weights(trainer)

@@ -14,7 +14,7 @@ from tests.parallel.forked import run_forked, single_process
 from tests.training import tiny
 from tulu_hpc.config.sections import OptimizerSection, ParallelSection
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
-from tulu_hpc.training import checkpoint
+from tulu_hpc.training import checkpoint, saver
 from tulu_hpc.training import optimizer as repairs
 from tulu_hpc.training.step import train_step
 from tulu_hpc.training.trainer import Trainer
@@ -48,7 +48,7 @@ def save_and_continue(model: Path, directory: Path, parallel: ParallelSection, d
     groups, trainer = start(model, parallel, dtype)
     for number in range(2):
         step(trainer, groups, parallel, number)
-    checkpoint.save(trainer, directory, {})
+    saver.save(trainer, directory, {})
     return {"loss": step(trainer, groups, parallel, 2), "weights": tiny.weights(trainer)}
 
 
@@ -117,7 +117,7 @@ def test_megatron_alone_refuses_sgd_and_cannot_save_it(
         distributed = megatron_distributed.DistributedOptimizer
         monkeypatch.setattr(distributed, "_get_main_param_and_optimizer_states", repairs.MEGATRON_STATES)
         with pytest.raises(KeyError, match="exp_avg"):
-            checkpoint.save(trainer, tmp_path, {})
+            saver.save(trainer, tmp_path, {})
         monkeypatch.setattr(repairs, "use_torch_optimizer", lambda: None)
         monkeypatch.setattr(megatron_distributed, "Adam", torch.optim.Adam)
         with pytest.raises(AssertionError, match="Only Adam"):

@@ -13,7 +13,7 @@ from tests.training import tiny
 from tulu_hpc.config.sections import OptimizerSection, ParallelSection, SpikeSection
 from tulu_hpc.objectives.terms import Terms
 from tulu_hpc.parallel.layout import initialize, layout_of
-from tulu_hpc.training import checkpoint
+from tulu_hpc.training import checkpoint, saver
 from tulu_hpc.training.spike import SpikeError, SpikeGuard
 from tulu_hpc.training.step import train_step
 
@@ -93,7 +93,7 @@ def run(model: Path, parallel: ParallelSection, folder: Path, first: int, save_a
         states.append([p.detach().clone() for each in trainer.models for p in each.parameters()])
         skipped += [step] if result.skipped else []
         if step == save_at:
-            checkpoint.save(trainer, folder, {})
+            saver.save(trainer, folder, {})
     return {"skipped": skipped, "count": trainer.spikes.skipped, "states": states, "norms": trainer.spikes.norms}
 
 

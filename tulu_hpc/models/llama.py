@@ -116,8 +116,10 @@ class Llama(GPTModel):
     def _head(self) -> Tensor:
         """The head's weight, complete: it is read past its module, whose hooks wait for weights that are still being
         gathered (overlap_param_gather)."""
-        for hook in self.output_layer._forward_pre_hooks.values():
-            hook(self.output_layer, ())
+        module = self.output_layer
+        for key, hook in module._forward_pre_hooks.items():
+            if key not in module._forward_pre_hooks_with_kwargs:  # megatron's have none
+                hook(module, ())
         return self.shared_embedding_or_output_weight() if self._is_tied() else self.output_layer.weight
 
     def _is_tied(self) -> bool:
