@@ -59,12 +59,16 @@ def peak_rss() -> int:
 
 
 def run_worker(workers: dict[str, Callable[[Spec, Turn], None]], name: str, spec_file: str) -> None:
-    """Entry of a worker process: `workers[name](spec, turn)`; it must report once when ready and once per step."""
+    """Entry of a worker process: `workers[name](spec, turn)`; it must report once when ready and once per step.
+
+    Its first turn is for setting up, so that no contestant is set up while another one works.
+    """
     spec = Spec(**json.loads(Path(spec_file).read_text()))
     import torch
 
     torch.set_num_threads(spec.threads)
     turn = Turn()
+    turn.wait()
     workers[name](spec, turn)
     turn.wait()
     turn.report(peak_rss=peak_rss())
@@ -110,7 +114,7 @@ class Worker:
         return self.report()
 
     def report(self) -> dict[str, Any]:
-        """Wait for a report; the first one says that the worker is set up.
+        """Wait for a report.
 
         Raises:
             RuntimeError: the worker ended; with the end of its log.
@@ -147,9 +151,9 @@ class Outcome:
 
 
 def take_turns(contestants: Sequence[Worker], steps: int) -> list[Outcome]:
-    """Set every contestant up, then give each one step in turn, `steps` times."""
+    """Set the contestants up one after the other, then give each one step in turn, `steps` times."""
     try:
-        setups = [worker.report() for worker in contestants]
+        setups = [worker.turn() for worker in contestants]
         reports: list[list[dict[str, Any]]] = [[] for _ in contestants]
         for _ in range(steps):
             for worker, seen in zip(contestants, reports, strict=True):
