@@ -73,17 +73,18 @@ def compare(ours: Outcome, other: Outcome, setting: Setting, warmup: int, batch:
         raise RuntimeError(
             f"tokens per step differ: ours {ours.series('tokens')}, {setting.name} {other.series('tokens')}"
         )
-    losses = list(zip(ours.series("loss"), other.series("loss"), strict=True))
-    difference = max(abs(a - b) / max(abs(b), 1e-12) for a, b in losses)
-    if not difference <= LOSS_TOLERANCE:
-        raise RuntimeError(f"losses differ by {difference:.1e}: ours {ours.series('loss')}, {setting.name} {losses}")
+    losses, others = ours.series("loss"), other.series("loss")
+    differences = [abs(a - b) / max(abs(b), 1e-12) for a, b in zip(losses, others, strict=True)]
+    if not all(each <= LOSS_TOLERANCE for each in differences):  # also where one is NaN
+        shown = ", ".join(f"{each:.1e}" for each in differences)
+        raise RuntimeError(f"losses differ by {shown}: ours {losses}, {setting.name} {others}")
     timed = list(zip(ours.steps, other.steps, strict=True))[warmup:]
     ratios = sorted(b["seconds"] / a["seconds"] for a, b in timed)
     return found | {
         "ratio": statistics.median(ratios),
         "ratio_range": [ratios[0], ratios[-1]],
         "cpu_ratio": statistics.median(b["cpu_seconds"] / a["cpu_seconds"] for a, b in timed),
-        "loss_difference": difference,
+        "loss_difference": max(differences),
     }
 
 

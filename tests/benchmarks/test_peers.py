@@ -1,7 +1,7 @@
 """The peer benchmarks at tiny sizes: they run TRL's trainers and ours, and both compute the same losses.
 
-Proves that the two sides, and ours without a part of it, train on the same tokens with the same loss, step by step. Proves nothing about speed: at
-these sizes the times are those of Python.
+Proves that the two sides, and ours without a part of it, train on the same tokens with the same loss, step by step.
+Proves nothing about speed: at these sizes the times are those of Python.
 """
 
 from __future__ import annotations
