@@ -18,7 +18,7 @@ help:
 	@echo "make test         ruff, mypy and pytest"
 	@echo "make soak         full counts of fault, fuzz and oracle cases (hours); updates benchmarks/results/soak.json"
 	@echo "make lint         ruff and mypy"
-	@echo "make bench        kernel and peer benchmarks at CPU sizes"
+	@echo "make bench        kernel, peer and scaling benchmarks at CPU sizes"
 	@echo "make sanitize     the C++ kernels under AddressSanitizer"
 	@echo "make clean        remove builds and caches (runs/ stays)"
 
@@ -56,6 +56,7 @@ bench: $(VENV)/.test-installed
 	$(BIN)/tulu-hpc bench kernels --quick --output runs/bench
 	$(BIN)/python benchmarks/peers/trl_sft.py
 	$(BIN)/python benchmarks/peers/trl_dpo.py
+	$(BIN)/python benchmarks/training/scaling.py --plot runs/bench/scaling.svg
 
 sanitize: $(VENV)/.test-installed
 	PYTHON=$(abspath $(BIN)/python) tests/sanitizers/address.sh

@@ -119,7 +119,7 @@ def verdict(name: str, percent: float) -> dict[str, Any]:
 
 
 def plot(results: dict[str, Any]) -> str:
-    """SVG of both curves over the share of the largest size, so that they fit one axis."""
+    """SVG of everything over the share of the largest size, so that it fits one axis."""
     series = []
     for name in ("layers", "tokens"):
         found = results[name]
@@ -128,6 +128,9 @@ def plot(results: dict[str, Any]) -> str:
         series.append(Series(f"{name}, up to {largest:,.0f}", x, found["seconds"]))
         ends = [0.0, 1.0]
         series.append(Series("its line", ends, [line["constant"] + line["slope"] * each * largest for each in ends]))
+    ranks = results["ranks"]
+    share = [each / max(ranks["x"]) for each in ranks["x"]]
+    series.append(Series(f"ranks, up to {max(ranks['x']):.0f}", share, ranks["seconds"]))
     return line_plot("Seconds of a step", series, x_label="share of the largest size")
 
 
