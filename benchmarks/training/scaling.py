@@ -124,13 +124,14 @@ def plot(results: dict[str, Any]) -> str:
     for name in ("layers", "tokens"):
         found = results[name]
         line, largest = found["fit"], max(found["x"])
-        x = [each / largest for each in found["x"]]
-        series.append(Series(f"{name}, up to {largest:,.0f}", x, found["seconds"]))
-        ends = [0.0, 1.0]
-        series.append(Series("its line", ends, [line["constant"] + line["slope"] * each * largest for each in ends]))
+        share = [each / largest for each in found["x"]]
+        series.append(Series(f"{name}, up to {largest:,.0f}", share, found["seconds"], points=True))
+        ends = [0.0, 0.5, 1.0]
+        height = [line["constant"] + line["slope"] * each * largest for each in ends]
+        series.append(Series(f"line over {name}", ends, height))
     ranks = results["ranks"]
     share = [each / max(ranks["x"]) for each in ranks["x"]]
-    series.append(Series(f"ranks, up to {max(ranks['x']):.0f}", share, ranks["seconds"]))
+    series.append(Series(f"ranks, up to {max(ranks['x']):.0f}", share, ranks["seconds"], points=True))
     return line_plot("Seconds of a step", series, x_label="share of the largest size")
 
 

@@ -31,6 +31,13 @@ def test_two_plots_share_no_ids() -> None:
         assert all(f'"{name}"' in svg for name in ids(svg))
 
 
+def test_points_are_dots_without_a_line() -> None:
+    line, dots = (line_plot("x", [Series("a", [1, 2, 3], [1, 2, 4], points=points)]) for points in (False, True))
+    # A dot is drawn by reference to one shape; the line's own stroke has the first colour and its width.
+    assert line.count("<use") < dots.count("<use")
+    assert "stroke-width: 1.6" in line and "stroke-width: 1.6" not in dots
+
+
 def test_values_that_are_not_finite_are_left_out() -> None:
     assert line_plot("x", [Series("a", [1, 2, 3], [1.0, math.nan, math.inf])])
     with pytest.raises(ValueError, match="no finite values"):

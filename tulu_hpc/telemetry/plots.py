@@ -21,11 +21,12 @@ _POINTS = 300
 
 @dataclass(frozen=True)
 class Series:
-    """A curve: `x` and `y` of one length; values that are not finite are left out."""
+    """A curve: `x` and `y` of one length; values that are not finite are left out. `points`: dots without a line."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
+    points: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ def line_plot(title: str, series: Sequence[Series], *, x_label: str = "step", lo
             continue
         drawn += 1
         colour = COLOURS[number % len(COLOURS)]
-        axes.plot(
-            x, mean, color=colour, linewidth=1.6, label=curve.name, marker="o" if len(x) < 3 else None, markersize=3
-        )
+        marker = "o" if curve.points or len(x) < 3 else None
+        width = 0 if curve.points else 1.6
+        axes.plot(x, mean, color=colour, linewidth=width, label=curve.name, marker=marker, markersize=3)
         if len(x) < len(curve.x):
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
     if not drawn:
