@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from common import Spec, read_rows
-from parts import ResidentReference, longest_item, pad_to_longest, use_full_logits
+from parts import longest_item, pad_to_longest, use_full_logits
 from turns import Turn, current_rss
 
 from tulu_hpc.config.schema import DpoConfig, SftConfig
@@ -22,7 +22,8 @@ from tulu_hpc.data.packed_batch import Item, TokenSequence
 from tulu_hpc.stages import dpo, sft, training_run
 from tulu_hpc.stages.training_run import Run
 from tulu_hpc.training import reference
-from tulu_hpc.training.runner import LossFn
+from tulu_hpc.training.pair_sums import PackOptions
+from tulu_hpc.training.runner import LossFn, Runner
 from tulu_hpc.training.step import train_step
 from tulu_hpc.training.trainer import Trainer
 
@@ -85,36 +86,38 @@ def dpo_worker(spec: Spec, turn: Turn) -> None:
         )
         for index, row in enumerate(read_rows(spec))
     ]
-    cache = Path(spec.output_dir).parent / "reference"
+    kind = str(spec.options.get("reference", "cached"))
     config = DpoConfig(
-        **configuration(spec, _pack_rows(spec, items)),
-        dpo={"kind": "dpo", "beta": spec.beta, "reference_cache": str(cache)},
+        **configuration(spec, _pack_rows(spec, items)), dpo={"kind": "dpo", "beta": spec.beta, "reference": kind}
     )
     run = training_run.open_run(config, "dpo")
     trainer = training_run.make_trainer(run, total_steps=spec.steps)
-    resident = ResidentReference(run) if spec.options.get("reference") == "resident" else None
+    resident = dpo.reference_model(config, run.groups, run.architecture) if kind == "resident" else None
     started = time.perf_counter()
     if resident is None:
-        known = cache.exists()
-        items = _from_cache(run, config, trainer, items) if known else dpo.add_reference(run, config, trainer, items, 0)
+        cache = Path(spec.output_dir).parent / "reference"
+        add = _from_cache if cache.exists() else dpo.add_reference
+        items = add(run, config, trainer.runner, items, 0, cache)
     turn.report(rss=current_rss(), reference_seconds=time.perf_counter() - started)
 
     def loss(data: StepData) -> LossFn:
         if resident is not None:
-            resident.score(data.packs)
+            reference.add_sums(data.packs, resident)
         return dpo.batch_loss(run, config, data)
 
     _train(spec, turn, run, trainer, items, loss)
 
 
-def _from_cache(run: Run, config: DpoConfig, trainer: Trainer, items: list[Item]) -> list[Item]:
+def _from_cache(
+    run: Run, config: DpoConfig, runner: Runner, items: list[Item], pad_id: int, directory: Path
+) -> list[Item]:
     """As `dpo.add_reference`, which would compute all of so few pairs again to check them; here one is enough."""
     return reference.attach_reference(
         items,
-        trainer.runner,
-        directory=Path(config.dpo.reference_cache or ""),
+        runner,
+        directory=directory,
         fingerprint=reference.weights_fingerprint(Path(config.model.path), run.groups, dtype=config.model.precision),
-        options=reference.PackOptions(config.train.pack_rows, config.train.prefix_sharing),
+        options=PackOptions(config.train.pack_rows, config.train.prefix_sharing, pad_id),
         tolerance=dpo.TOLERANCE[config.model.dtype],
         seed=config.run.seed,
         verify_rows=1,

@@ -12,14 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tulu_hpc.data.packed_batch import Item, PackedBatch, TokenSequence, rows_of
+from tulu_hpc.data.packed_batch import Item, TokenSequence, rows_of
 from tulu_hpc.kernels.linear_logprob.ops import LogprobOutput
 from tulu_hpc.models import llama
-from tulu_hpc.objectives.terms import sequence_sums
-from tulu_hpc.stages.training_run import Run
-from tulu_hpc.training.reference import COLUMN
-from tulu_hpc.training.runner import Runner
-from tulu_hpc.training.trainer import load_model
 
 
 def pad_to_longest(items: Sequence[Item], group: int) -> list[Item]:
@@ -61,16 +56,3 @@ def _full_logits(
 ) -> LogprobOutput:
     logprobs_TV = torch.log_softmax(hidden_TH @ weight_VH.T, dim=-1)
     return LogprobOutput(logprobs_TV[row_K, target_K], None)
-
-
-class ResidentReference:
-    """The reference model beside the policy: its log-probs are computed in every step instead of once."""
-
-    def __init__(self, run: Run) -> None:
-        chunks = load_model(run.config.model, run.groups, run.architecture)
-        self._runner = Runner.create(chunks, run.groups, run.architecture)
-
-    def score(self, packs: Sequence[PackedBatch]) -> None:
-        """Give the packs the column that the cache would have given their items."""
-        for pack, logprobs_K in zip(packs, self._runner.logprobs(packs), strict=True):
-            pack.per_sequence[COLUMN] = sequence_sums(logprobs_K, pack.sequence_id_K, pack.num_sequences)
