@@ -17,13 +17,13 @@ def local_processes() -> int:
 
 
 def configure(*, deterministic: bool, threads: int | None) -> None:
-    """Set CPU threads (default: the machine's cores shared among its processes) and refuse non-deterministic kernels.
+    """Set CPU threads (default: the machine's cores shared among its processes); refuse non-deterministic kernels or not.
 
     Call before the first tensor operation: cuBLAS reads its workspace setting once.
     """
+    torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
         # Filling every new buffer costs a pass over memory; nothing here reads one before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     cores = len(os.sched_getaffinity(0))
