@@ -14,6 +14,8 @@ from tulu_hpc.kernels import timing, triton_support
 from tulu_hpc.kernels.bench_report import Goal, report, worst
 from tulu_hpc.kernels.contest import contest, lines
 from tulu_hpc.kernels.linear_logprob import bench as linear
+from tulu_hpc.kernels.linear_logprob import buffers
+from tulu_hpc.kernels.linear_logprob.ops import linear_logprob
 from tulu_hpc.kernels.packed_attention import contestants, shapes
 from tulu_hpc.kernels.packed_attention.reference import attention_dense
 from tulu_hpc.kernels.timing import REHEARSAL, Run
@@ -238,3 +240,44 @@ def test_goals_of_linear_logprob_are_computed_from_its_lines() -> None:
     measured = [line for line in table if line["valid"] != 0.3]
     goals = {goal.figure: goal.value for goal in linear.goals(measured)}
     assert goals["8B tp 1, speed, times as fast as the best peer"] == 0.75
+
+
+@pytest.mark.parametrize("shape", linear.CUDA, ids=lambda shape: f"{shape.label} {shape.valid:g}")
+def test_buffers_of_the_heads_stay_within_the_goals(shape: linear.Shape) -> None:
+    """By calculation: speed keeps the logits; extra memory, the copies of the valid rows too, is within the goal."""
+    run = Run("cuda", torch.bfloat16, "full")
+    used, tp = shape.rows - linear.ignored(shape), 128256 // shape.vocab
+    limits = {1: (4.5, 1.0), 8: (0.6, 0.3)}[tp]
+    for mebibytes, limit in zip((shape.speed, shape.memory), limits):
+        extra = buffers.extra_bytes(
+            used, shape.hidden, shape.vocab, 2, int(mebibytes * 2**20), cuda=True, total_rows=shape.rows
+        )
+        assert limit / 8 < extra / 2**30 <= limit
+    assert linear.products(shape, run, shape.speed) == 3
+    if shape.valid == 1:
+        assert (shape.speed, shape.memory) == ((4608, 1024) if tp == 1 else (600, 300))
+        assert linear.products(shape, run, shape.memory) == 4
+
+
+def test_products_are_those_that_run() -> None:
+    """Against the plan of a call of the kernel itself, on the CPU."""
+    for mebibytes, kept in ((8.0, True), (1.0, False)):
+        shape = linear.Shape("", 64, 64, 8000, 0.5, mebibytes, mebibytes)
+        hidden, weight = torch.randn(64, 64, requires_grad=True), torch.randn(8000, 64)
+        target = torch.arange(64).index_fill(0, torch.arange(linear.ignored(shape)), -100)
+        out = linear_logprob(hidden, weight, target, max_buffer_bytes=int(mebibytes * 2**20), backend="cpu")
+        (node,) = {each for each in graph(out.logprobs_K) if "linear_logprob_stats" in each.name()}
+        logits = node.saved_tensors[1]
+        assert (logits.numel() > 0) == kept == (linear.products(shape, RUN, mebibytes) == 3)
+
+
+def graph(tensor: torch.Tensor) -> set[Any]:
+    """All nodes of a tensor's autograd graph."""
+    found: set[Any] = set()
+    waiting = [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [each for each, _ in node.next_functions]
+    return found
