@@ -13,7 +13,8 @@ from transformers import LlamaForSequenceClassification
 
 from tests.models.test_convert import tensors
 from tests.parallel.forked import WorkerError, run_forked
-from tests.training import tiny
+from tests.training import tiny, tiny_run
+from tulu_hpc.cli.main import main
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.sections import ModelSection, ParallelSection
 from tulu_hpc.models.comparison import compare
@@ -99,3 +100,20 @@ def test_the_wrong_kind_of_import_is_refused(tmp_path: Path) -> None:
         run_forked(1, loaded_weights, tmp_path / "imported_rm", {}, "logprobs")
     head = compare(open_model(tmp_path / "imported_lm"), open_model(tmp_path / "imported_rm"))
     assert {each.name for each in head} == {"lm_head.weight", "score.weight"}
+
+
+def test_export_of_a_run_with_an_fp32_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By default in the run's dtype, as its own export; the checkpoint itself holds two dtypes."""
+    inputs = tiny_run.write_inputs(tmp_path)
+    values = tiny_run.config(
+        inputs, tmp_path / "run", "sft", model__dtype="bfloat16", model__fp32_head=True, train__steps=1
+    )
+    code, output = tiny_run.run_to_end("sft", tiny_run.write_config(values, tmp_path / "sft.yaml"))
+    assert code == 0, output
+    step = tmp_path / "run" / "checkpoints" / "step_1"
+    stored = open_model(step, inputs / "model").tensors
+    assert stored["lm_head.weight"].dtype == torch.float32 and stored["model.norm.weight"].dtype == torch.bfloat16
+    with pytest.raises(SystemExit) as end:
+        main(["convert", "export", str(tmp_path / "run"), str(tmp_path / "out")])
+    assert end.value.code == 0, capsys.readouterr().err
+    assert compare(open_model(tmp_path / "out"), open_model(tmp_path / "run" / "hf")) == []
