@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.nn.attention.varlen import varlen_attn
 
 from tulu_hpc.kernels import timing, triton_support
 from tulu_hpc.kernels.bench_report import Goal, report, worst
@@ -189,6 +193,35 @@ def test_the_oracle_of_some_rows_is_the_definition() -> None:
     rows = torch.tensor([0, 4, 5, 9, 10, 13, 20, pack.rows - 1])
     for mine, right in zip(contestants.exact(pack, q, k, v, grad, rows), (out, gradient)):
         torch.testing.assert_close(mine, right[rows].detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_varlen_attention_of_several_versions_of_torch() -> None:
+    def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):  # type: ignore[no-untyped-def]
+        ...
+
+    def without(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):  # type: ignore[no-untyped-def]
+        ...
+
+    assert contestants.varlen_options(older, grouped=True) == {"is_causal": True}
+    assert contestants.varlen_options(varlen_attn, grouped=True) == {"window_size": (-1, 0), "enable_gqa": True}
+    assert contestants.varlen_options(varlen_attn, grouped=False) == {"window_size": (-1, 0)}
+    with pytest.raises(contestants.Unavailable, match="neither window_size nor is_causal"):
+        contestants.varlen_options(without, grouped=False)
+
+
+def test_launches_are_kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the profiler's events: not those of the host, and not the regions that torch.compile marks on the device."""
+    gpu, host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    once = [(gpu, False, 5), (gpu, True, 900), (host, False, 70), (gpu, False, 2)]
+    found = [
+        FunctionEvent(i, f"{i}", 0, 0, us, device_type=device, is_user_annotation=annotation)
+        for i, (device, annotation, us) in enumerate(10 * once)
+    ]
+    calls = []
+    profiler = SimpleNamespace(events=lambda: found)
+    monkeypatch.setattr(timing, "profile", lambda activities: nullcontext(profiler))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert timing.kernel_microseconds(lambda: calls.append(1)) == (7.0, 2) and len(calls) == 11
 
 
 # ------------------------------------------------------------------------------------------------ verdicts
