@@ -105,7 +105,8 @@ def _say_dense(reason: str) -> None:
 def attention_op(q: Tensor, k: Tensor, v: Tensor, plan: int, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     """Output [T, N, D] and log-sum-exp [T, N]; `plan` is the handle of an AttentionPlan that is alive."""
     record(OP, backend)
-    out, lse = _BACKENDS[backend].forward(q.contiguous(), k.contiguous(), v.contiguous(), plan_of(plan), scale)
+    with torch.cuda.device_of(q):  # Triton and the libraries launch on the current device
+        out, lse = _BACKENDS[backend].forward(q.contiguous(), k.contiguous(), v.contiguous(), plan_of(plan), scale)
     return out, lse
 
 
@@ -127,7 +128,8 @@ def attention_backward_op(
     """Gradients of q, k and v."""
     record(OP, backend)
     q, k, v, grad = (x.contiguous() for x in (q, k, v, grad))
-    return _BACKENDS[backend].backward(grad, q, k, v, out, lse, plan_of(plan), scale)
+    with torch.cuda.device_of(q):
+        return _BACKENDS[backend].backward(grad, q, k, v, out, lse, plan_of(plan), scale)
 
 
 @attention_backward_op.register_fake

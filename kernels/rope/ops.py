@@ -112,7 +112,8 @@ def rope_op(
     """q and k turned by cos, sin [T, R / 2], or turned back; its gradient is itself with `back` reversed."""
     record(OP, backend)
     if backend == "triton":
-        return triton_backend.forward(q, k, cos, sin, interleaved, -1.0 if back else 1.0)
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            return triton_backend.forward(q, k, cos, sin, interleaved, -1.0 if back else 1.0)
     return reference.forward(q, k, cos, -sin if back else sin, interleaved)
 
 
