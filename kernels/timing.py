@@ -92,7 +92,9 @@ class Run:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments that every benchmark has; a benchmark may add its own."""
-    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     mode = found.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="few or small shapes, few repetitions")
     mode.add_argument(

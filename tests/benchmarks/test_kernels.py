@@ -14,7 +14,7 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.nn.attention.varlen import varlen_attn
 
-from tulu_hpc.kernels import timing, triton_support
+from tulu_hpc.kernels import bench_report, timing, triton_support
 from tulu_hpc.kernels.bench_report import Goal, report, worst
 from tulu_hpc.kernels.contest import contest, lines
 from tulu_hpc.kernels.linear_logprob import bench as linear
@@ -121,8 +121,9 @@ def test_compiled_peers_take_part(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     parser = timing.parser("what it does")
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--quick", "--rehearse"])
+    for wrong in (["--quick", "--rehearse"], ["--js", "figures.json"]):  # a shortened name would pass other checks
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong)
     with pytest.raises(SystemExit, match="--rehearse runs on the CPU"):
         timing.start(parser.parse_args(["--rehearse", "--device", "cuda"]))
     if not torch.cuda.is_available():
@@ -179,6 +180,27 @@ def test_our_own_failure_is_written_and_then_fails(tmp_path: Path, capsys: pytes
         report("gae", run, table, [])
     assert json.loads(run.json.read_text())["lines"][1]["note"] == "failed: NotImplementedError: broken"  # type: ignore[union-attr]
     assert "ours cpu, forward: failed: NotImplementedError: broken (1 lines)" in capsys.readouterr().out
+
+
+def test_versions_of_a_module_without_its_distribution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """flash-attn-4 installs a module flash_attn without a distribution flash-attn: the figures are written all the
+    same."""
+    (tmp_path / "flash_attn").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    versions = {"flash-attn-4": "4.0.0b36", "triton": "3.6.0"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise bench_report.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(bench_report.metadata, "version", version)
+    run = Run("cpu", torch.float32, "quick", json=tmp_path / "figures.json", gemm=1.0, copy=1.0)
+    report("gae", run, [], [])
+    capsys.readouterr()
+    assert json.loads((tmp_path / "figures.json").read_text())["versions"] == versions
 
 
 def test_the_oracle_of_some_rows_is_the_definition() -> None:

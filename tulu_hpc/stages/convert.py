@@ -55,7 +55,7 @@ def export_model(source: Path, target: Path, *, dtype: Dtype | None, max_shard_g
     _check_workers(workers, max_shard_gb)
     _check_apart(source, target)
     started = time.perf_counter()
-    found = find_source(source)
+    found = find_source(source, "model")
     config = _config_of_run(found)
     dtype = dtype if config is None else dtype or config.model.dtype
     record = export_hf(
@@ -95,7 +95,7 @@ def verify_models(left: Path, right: Path, *, dtype: Dtype | None, workers: int)
 
 
 def _open(path: Path) -> Model:
-    found = find_source(path)
+    found = find_source(path, "model")
     return open_model(found.checkpoint or found.base, found.base)
 
 
