@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tulu_hpc.kernels import triton_support
 from tulu_hpc.kernels.packed_attention import cpu, flash, reference, triton_backend
-from tulu_hpc.kernels.packed_attention.plan import AttentionPlan, plan_of
+from tulu_hpc.kernels.packed_attention.plan import AttentionPlan, plan_of, same_device
 from tulu_hpc.kernels.packed_attention.select import default, refusal
 from tulu_hpc.kernels.registry import USABLE, BackendError, choose, record, register
 
@@ -64,7 +64,7 @@ def packed_attention(
             raise ValueError(f"{label} is {list(x.shape)}, the plan is for {list(shape)}")
         if x.dtype != q_TND.dtype:
             raise ValueError(f"{label} is {x.dtype}, q is {q_TND.dtype}")
-        if x.device.type != plan.device.type:
+        if not same_device(x.device, plan.device):
             raise ValueError(f"{label} is on {x.device}, the plan is for {plan.device}")
     reason = refusal(name, q_TND.device.type, q_TND.dtype, plan.head_dim)
     if reason is not None:

@@ -44,10 +44,14 @@ def rope(
         q and k turned, in their dtype.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes do not fit; ids beyond a table are not checked on CUDA.
+        ValueError, TypeError: shapes, dtypes or devices do not fit; ids beyond a table are not checked on CUDA.
         BackendError: the backend cannot run here.
     """
     _check(q_TND, k_TND, position_ids_T)
+    for label, given in (("position_ids", position_ids_T), ("frequencies", frequencies)):
+        for x in (given,) if isinstance(given, Tensor) else given or ():
+            if x.device != q_TND.device:
+                raise ValueError(f"{label} are on {x.device}, q is on {q_TND.device}")
     if isinstance(frequencies, Tensor):
         if position_ids_T is None:
             raise ValueError("frequencies need position ids; without them give (cos, sin) of one row per token")

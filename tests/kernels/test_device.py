@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tulu_hpc.kernels import gae, linear_logprob, packed_attention, plan_attention, policy_loss, value_loss
+from tulu_hpc.kernels.packed_attention.plan import same_device
 from tulu_hpc.kernels.rope.ops import rope
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -78,3 +79,23 @@ def test_the_device_of_the_tensors_is_current(op: Callable[[], Tensor], monkeypa
     assert forward and inside == 0
     if op in (attention, logprobs, rotated):
         assert launches > forward
+
+
+def test_tensors_of_another_device_are_refused() -> None:
+    """Not left to a kernel that reads addresses of another GPU, or of the host."""
+    cpu, gpu, other = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
+    assert same_device(cpu, cpu) and same_device(gpu, gpu)
+    assert not same_device(other, gpu) and not same_device(cpu, gpu)
+    plan = plan_attention([0, 3], [(0, 0)], heads=1, kv_heads=1, head_dim=16, device="cpu")
+    q = torch.zeros(3, 1, 16)
+    with pytest.raises(ValueError, match="q is on meta, the plan is for cpu"):
+        packed_attention(q.to("meta"), q, q, plan, backend="reference")
+    ids, frequencies = torch.arange(3), torch.ones(8)
+    there = q.to("meta")
+    with pytest.raises(ValueError, match="position_ids are on cpu, q is on meta"):
+        rope(there, there, ids, frequencies.to("meta"))
+    with pytest.raises(ValueError, match="frequencies are on cpu, q is on meta"):
+        rope(there, there, ids.to("meta"), frequencies)
+    tables = (torch.ones(3, 8).to("meta"), torch.ones(3, 8))
+    with pytest.raises(ValueError, match="frequencies are on cpu, q is on meta"):
+        rope(there, there, None, tables)
