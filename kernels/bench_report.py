@@ -1,6 +1,5 @@
 """Goals with verdicts, and the tables of a benchmark on the screen, as Markdown and as JSON."""
 
-import importlib.util
 import json
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +12,10 @@ from tulu_hpc.kernels.contest import FAILED, OURS
 from tulu_hpc.kernels.timing import REHEARSAL, Run
 
 NOT_MEASURED = "not measured"
+_DISTRIBUTIONS = (
+    *("triton", "liger-kernel", "cut-cross-entropy", "transformer-engine"),
+    *("flash-attn", "flash_attn_3", "flash-attn-4"),
+)
 Line = Mapping[str, Any]
 
 
@@ -99,9 +102,14 @@ def report(name: str, run: Run, table: Sequence[Line], goals: Sequence[Goal]) ->
 
 
 def _versions() -> dict[str, str]:
-    packages = {"triton": "triton", "liger_kernel": "liger-kernel", "cut_cross_entropy": "cut-cross-entropy"}
-    packages |= {"flash_attn": "flash-attn"}
-    return {name: metadata.version(name) for module, name in packages.items() if importlib.util.find_spec(module)}
+    """Of what is installed, by distribution: a module may come from several (flash_attn from flash-attn-4 too)."""
+    found = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def markdown(result: Mapping[str, Any]) -> str:

@@ -92,7 +92,9 @@ class Run:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments that every benchmark has; a benchmark may add its own."""
-    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     mode = found.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="few or small shapes, few repetitions")
     mode.add_argument(
@@ -153,14 +155,19 @@ def best_milliseconds(function: Callable[[], Any], device: str, repeats: int) ->
 
 
 def kernel_microseconds(function: Callable[[], Any]) -> tuple[float, int]:
-    """(time inside CUDA kernels, number of launches) of one call; copies and fills count."""
+    """(time inside CUDA kernels, number of launches) of one call; copies and fills count, annotations do not."""
     function()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         for _ in range(10):
             function()
         torch.cuda.synchronize()
-    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    # torch.compile marks its regions, which the profiler then also shows as one long event on the device.
+    events = [
+        event
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
     return sum(event.time_range.elapsed_us() for event in events) / 10, len(events) // 10
 
 

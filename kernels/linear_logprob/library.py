@@ -105,7 +105,9 @@ def _stats(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if settings.backend == "triton":
         from tulu_hpc.kernels.linear_logprob import triton_kernels
 
-        return triton_kernels.forward(problem), hidden_UH.new_empty(0, 0, dtype=torch.float32), gathered
+        with torch.cuda.device_of(hidden_UH):  # Triton launches on the current device
+            stats = triton_kernels.forward(problem)
+        return stats, hidden_UH.new_empty(0, 0, dtype=torch.float32), gathered
     stats, logits = blocks.forward(problem, ROWS[settings.backend], keep, batch_invariant)
     return stats, logits, gathered
 
@@ -137,7 +139,8 @@ def _stats_backward(
     if settings.backend == "triton":
         from tulu_hpc.kernels.linear_logprob import triton_kernels
 
-        grad_weight = triton_kernels.backward(problem, stats_K4, grad_K4, need_hidden, need_weight, reduction.start)
+        with torch.cuda.device_of(hidden_TH):
+            grad_weight = triton_kernels.backward(problem, stats_K4, grad_K4, need_hidden, need_weight, reduction.start)
     else:
         kernels = ROWS[settings.backend]
         grad_weight = gradients.backward(

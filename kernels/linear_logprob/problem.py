@@ -12,7 +12,9 @@ They are all that tensor-parallel ranks have to exchange. With g1, g2, g3 the up
 the targets of a row:  dx_j = p_j (g1 + g2 (1 - centred) + g2 (x_j - m)) + [j = target] g3.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -122,7 +124,26 @@ class Problem:
 
     def gemm_half(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         """out = a @ b from bf16 to bf16; the GEMM sums in fp32."""
-        torch.mm(a, b, out=out)
+        with _sums_in_fp32():
+            torch.mm(a, b, out=out)
+
+
+_switch = threading.Lock()
+
+
+@contextmanager
+def _sums_in_fp32() -> Iterator[None]:
+    """Keeps cuBLAS from adding in bf16 the parts of a sum that it splits over blocks, as torch lets it by default."""
+    flags = torch.backends.cuda.matmul
+    with _switch:  # autograd has a thread per device, the switch is one for all
+        allowed = flags.allow_bf16_reduced_precision_reduction
+        try:
+            if allowed:
+                flags.allow_bf16_reduced_precision_reduction = False
+            yield
+        finally:
+            if allowed:
+                flags.allow_bf16_reduced_precision_reduction = True
 
 
 class Operand:

@@ -5,6 +5,7 @@ Shapes: T rows, S segments, N query heads, Nk key/value heads, D head dim.
 
 import contextlib
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -144,10 +145,23 @@ def _varlen(pack: Pack) -> Attention:
     except ImportError as reason:
         raise Unavailable(str(reason)) from reason
     cu, longest = pack.cumulative(), max(pack.lengths)
-    options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
-    if pack.heads != pack.kv_heads:
-        options["enable_gqa"] = True
+    options = varlen_options(attention, pack.heads != pack.kv_heads)
     return lambda q, k, v: attention(q, k, v, cu, cu, longest, longest, **options)
+
+
+def varlen_options(attention: Callable[..., Any], grouped: bool) -> dict[str, Any]:
+    """How `varlen_attn` of this torch is asked for causal attention with grouped heads.
+
+    Raises:
+        Unavailable: it has no argument for causal attention.
+    """
+    names = inspect.signature(attention).parameters
+    options: dict[str, Any] = {"enable_gqa": True} if grouped and "enable_gqa" in names else {}
+    if "window_size" in names:
+        return {"window_size": (-1, 0), **options}
+    if "is_causal" in names:  # up to torch 2.10; a window came later
+        return {"is_causal": True, **options}
+    raise Unavailable(f"torch {torch.__version__}: varlen_attn has neither window_size nor is_causal")
 
 
 def _sdpa(pack: Pack, backend: Any = None) -> Attention:

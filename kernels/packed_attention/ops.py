@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tulu_hpc.kernels import triton_support
 from tulu_hpc.kernels.packed_attention import cpu, flash, reference, triton_backend
-from tulu_hpc.kernels.packed_attention.plan import AttentionPlan, plan_of
+from tulu_hpc.kernels.packed_attention.plan import AttentionPlan, plan_of, same_device
 from tulu_hpc.kernels.packed_attention.select import default, refusal
 from tulu_hpc.kernels.registry import USABLE, BackendError, choose, record, register
 
@@ -64,7 +64,7 @@ def packed_attention(
             raise ValueError(f"{label} is {list(x.shape)}, the plan is for {list(shape)}")
         if x.dtype != q_TND.dtype:
             raise ValueError(f"{label} is {x.dtype}, q is {q_TND.dtype}")
-        if x.device.type != plan.device.type:
+        if not same_device(x.device, plan.device):
             raise ValueError(f"{label} is on {x.device}, the plan is for {plan.device}")
     reason = refusal(name, q_TND.device.type, q_TND.dtype, plan.head_dim)
     if reason is not None:
@@ -105,7 +105,8 @@ def _say_dense(reason: str) -> None:
 def attention_op(q: Tensor, k: Tensor, v: Tensor, plan: int, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     """Output [T, N, D] and log-sum-exp [T, N]; `plan` is the handle of an AttentionPlan that is alive."""
     record(OP, backend)
-    out, lse = _BACKENDS[backend].forward(q.contiguous(), k.contiguous(), v.contiguous(), plan_of(plan), scale)
+    with torch.cuda.device_of(q):  # Triton and the libraries launch on the current device
+        out, lse = _BACKENDS[backend].forward(q.contiguous(), k.contiguous(), v.contiguous(), plan_of(plan), scale)
     return out, lse
 
 
@@ -127,7 +128,8 @@ def attention_backward_op(
     """Gradients of q, k and v."""
     record(OP, backend)
     q, k, v, grad = (x.contiguous() for x in (q, k, v, grad))
-    return _BACKENDS[backend].backward(grad, q, k, v, out, lse, plan_of(plan), scale)
+    with torch.cuda.device_of(q):
+        return _BACKENDS[backend].backward(grad, q, k, v, out, lse, plan_of(plan), scale)
 
 
 @attention_backward_op.register_fake

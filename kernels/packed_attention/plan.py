@@ -114,6 +114,11 @@ def plan_of(handle: int) -> AttentionPlan:
     return plan
 
 
+def same_device(tensor: torch.device, plan: torch.device) -> bool:
+    """Whether tensors lie where the plan's tables do."""
+    return tensor.type == plan.type and (tensor.type == "cpu" or tensor.index == plan.index)
+
+
 def plan_attention(
     cu_seqlens: Tensor | Sequence[int],
     prefix: Tensor | Sequence[Sequence[int]] | None = None,
@@ -166,6 +171,8 @@ def plan_attention(
     if any(not 0 <= a <= b <= rows for a, b in whole):
         raise ValueError(f"ranges {whole} leave the {rows} rows of the pack")
     device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # where the tables will be
     entries = _entries(cu, table, whole)
     if strategy is None:
         strategy, reason = _choose(entries, heads // kv_heads)

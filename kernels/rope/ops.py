@@ -44,10 +44,14 @@ def rope(
         q and k turned, in their dtype.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes do not fit; ids beyond a table are not checked on CUDA.
+        ValueError, TypeError: shapes, dtypes or devices do not fit; ids beyond a table are not checked on CUDA.
         BackendError: the backend cannot run here.
     """
     _check(q_TND, k_TND, position_ids_T)
+    for label, given in (("position_ids", position_ids_T), ("frequencies", frequencies)):
+        for x in (given,) if isinstance(given, Tensor) else given or ():
+            if x.device != q_TND.device:
+                raise ValueError(f"{label} are on {x.device}, q is on {q_TND.device}")
     if isinstance(frequencies, Tensor):
         if position_ids_T is None:
             raise ValueError("frequencies need position ids; without them give (cos, sin) of one row per token")
@@ -112,7 +116,8 @@ def rope_op(
     """q and k turned by cos, sin [T, R / 2], or turned back; its gradient is itself with `back` reversed."""
     record(OP, backend)
     if backend == "triton":
-        return triton_backend.forward(q, k, cos, sin, interleaved, -1.0 if back else 1.0)
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            return triton_backend.forward(q, k, cos, sin, interleaved, -1.0 if back else 1.0)
     return reference.forward(q, k, cos, -sin if back else sin, interleaved)
 
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.nn.attention.varlen import varlen_attn
 
-from tulu_hpc.kernels import timing, triton_support
+from tulu_hpc.kernels import bench_report, timing, triton_support
 from tulu_hpc.kernels.bench_report import Goal, report, worst
 from tulu_hpc.kernels.contest import contest, lines
 from tulu_hpc.kernels.linear_logprob import bench as linear
+from tulu_hpc.kernels.linear_logprob import buffers
+from tulu_hpc.kernels.linear_logprob.ops import linear_logprob
 from tulu_hpc.kernels.packed_attention import contestants, shapes
 from tulu_hpc.kernels.packed_attention.reference import attention_dense
 from tulu_hpc.kernels.timing import REHEARSAL, Run
@@ -115,8 +121,9 @@ def test_compiled_peers_take_part(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     parser = timing.parser("what it does")
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--quick", "--rehearse"])
+    for wrong in (["--quick", "--rehearse"], ["--js", "figures.json"]):  # a shortened name would pass other checks
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong)
     with pytest.raises(SystemExit, match="--rehearse runs on the CPU"):
         timing.start(parser.parse_args(["--rehearse", "--device", "cuda"]))
     if not torch.cuda.is_available():
@@ -175,6 +182,27 @@ def test_our_own_failure_is_written_and_then_fails(tmp_path: Path, capsys: pytes
     assert "ours cpu, forward: failed: NotImplementedError: broken (1 lines)" in capsys.readouterr().out
 
 
+def test_versions_of_a_module_without_its_distribution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """flash-attn-4 installs a module flash_attn without a distribution flash-attn: the figures are written all the
+    same."""
+    (tmp_path / "flash_attn").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    versions = {"flash-attn-4": "4.0.0b36", "triton": "3.6.0"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise bench_report.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(bench_report.metadata, "version", version)
+    run = Run("cpu", torch.float32, "quick", json=tmp_path / "figures.json", gemm=1.0, copy=1.0)
+    report("gae", run, [], [])
+    capsys.readouterr()
+    assert json.loads((tmp_path / "figures.json").read_text())["versions"] == versions
+
+
 def test_the_oracle_of_some_rows_is_the_definition() -> None:
     """On a pack with shared prefixes, against the dense mask of the whole pack."""
     run = Run("cpu", torch.float64, REHEARSAL)
@@ -187,6 +215,35 @@ def test_the_oracle_of_some_rows_is_the_definition() -> None:
     rows = torch.tensor([0, 4, 5, 9, 10, 13, 20, pack.rows - 1])
     for mine, right in zip(contestants.exact(pack, q, k, v, grad, rows), (out, gradient)):
         torch.testing.assert_close(mine, right[rows].detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_varlen_attention_of_several_versions_of_torch() -> None:
+    def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):  # type: ignore[no-untyped-def]
+        ...
+
+    def without(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):  # type: ignore[no-untyped-def]
+        ...
+
+    assert contestants.varlen_options(older, grouped=True) == {"is_causal": True}
+    assert contestants.varlen_options(varlen_attn, grouped=True) == {"window_size": (-1, 0), "enable_gqa": True}
+    assert contestants.varlen_options(varlen_attn, grouped=False) == {"window_size": (-1, 0)}
+    with pytest.raises(contestants.Unavailable, match="neither window_size nor is_causal"):
+        contestants.varlen_options(without, grouped=False)
+
+
+def test_launches_are_kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the profiler's events: not those of the host, and not the regions that torch.compile marks on the device."""
+    gpu, host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    once = [(gpu, False, 5), (gpu, True, 900), (host, False, 70), (gpu, False, 2)]
+    found = [
+        FunctionEvent(i, f"{i}", 0, 0, us, device_type=device, is_user_annotation=annotation)
+        for i, (device, annotation, us) in enumerate(10 * once)
+    ]
+    calls = []
+    profiler = SimpleNamespace(events=lambda: found)
+    monkeypatch.setattr(timing, "profile", lambda activities: nullcontext(profiler))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert timing.kernel_microseconds(lambda: calls.append(1)) == (7.0, 2) and len(calls) == 11
 
 
 # ------------------------------------------------------------------------------------------------ verdicts
@@ -238,3 +295,44 @@ def test_goals_of_linear_logprob_are_computed_from_its_lines() -> None:
     measured = [line for line in table if line["valid"] != 0.3]
     goals = {goal.figure: goal.value for goal in linear.goals(measured)}
     assert goals["8B tp 1, speed, times as fast as the best peer"] == 0.75
+
+
+@pytest.mark.parametrize("shape", linear.CUDA, ids=lambda shape: f"{shape.label} {shape.valid:g}")
+def test_buffers_of_the_heads_stay_within_the_goals(shape: linear.Shape) -> None:
+    """By calculation: speed keeps the logits; extra memory, the copies of the valid rows too, is within the goal."""
+    run = Run("cuda", torch.bfloat16, "full")
+    used, tp = shape.rows - linear.ignored(shape), 128256 // shape.vocab
+    limits = {1: (4.5, 1.0), 8: (0.6, 0.3)}[tp]
+    for mebibytes, limit in zip((shape.speed, shape.memory), limits):
+        extra = buffers.extra_bytes(
+            used, shape.hidden, shape.vocab, 2, int(mebibytes * 2**20), cuda=True, total_rows=shape.rows
+        )
+        assert limit / 8 < extra / 2**30 <= limit
+    assert linear.products(shape, run, shape.speed) == 3
+    if shape.valid == 1:
+        assert (shape.speed, shape.memory) == ((4608, 1024) if tp == 1 else (600, 300))
+        assert linear.products(shape, run, shape.memory) == 4
+
+
+def test_products_are_those_that_run() -> None:
+    """Against the plan of a call of the kernel itself, on the CPU."""
+    for mebibytes, kept in ((8.0, True), (1.0, False)):
+        shape = linear.Shape("", 64, 64, 8000, 0.5, mebibytes, mebibytes)
+        hidden, weight = torch.randn(64, 64, requires_grad=True), torch.randn(8000, 64)
+        target = torch.arange(64).index_fill(0, torch.arange(linear.ignored(shape)), -100)
+        out = linear_logprob(hidden, weight, target, max_buffer_bytes=int(mebibytes * 2**20), backend="cpu")
+        (node,) = {each for each in graph(out.logprobs_K) if "linear_logprob_stats" in each.name()}
+        logits = node.saved_tensors[1]
+        assert (logits.numel() > 0) == kept == (linear.products(shape, RUN, mebibytes) == 3)
+
+
+def graph(tensor: torch.Tensor) -> set[Any]:
+    """All nodes of a tensor's autograd graph."""
+    found: set[Any] = set()
+    waiting = [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [each for each, _ in node.next_functions]
+    return found

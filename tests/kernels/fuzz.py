@@ -1,16 +1,47 @@
-"""More examples for the body of a hypothesis test."""
+"""More examples for the body of a hypothesis test, and the largest error that its comparisons saw."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+_errors: list[float] = []
 
 
-def fuzz(test: Callable[..., None], examples: int, **fixed: Any) -> int:
-    """Runs the body of `test` on random examples of its own strategies; `fixed`: its other arguments. Returns how many.
+def close(found: Tensor, wanted: Tensor, **options: Any) -> None:
+    """`torch.testing.assert_close` to a float64 oracle; notes the largest error, relative where that is above 1."""
+    if wanted.numel():
+        error = float((found.detach().double() - wanted.detach()).abs().max())
+        note_error(error / max(1.0, float(wanted.abs().max())))
+    torch.testing.assert_close(found, wanted, **options)
 
-    Without shrinking: a failure names its example.
+
+def note_error(error: float) -> None:
+    """For comparisons of their own."""
+    _errors[:] = [max([error, *_errors])]
+
+
+@contextmanager
+def worst_error() -> Iterator[Callable[[], float]]:
+    """Gives a function that returns the largest error noted in the block so far.
+
+    Raises (from that function):
+        IndexError: none was noted.
+    """
+    _errors.clear()
+    yield lambda: _errors[0]
+
+
+def fuzz(test: Callable[..., None], examples: int, **fixed: Any) -> dict[str, Any]:
+    """Runs the body of `test` on random examples of its own strategies; `fixed`: its other arguments.
+
+    Without shrinking: a failure names its example. Returns `cases`, how many ran, and `worst`, the largest error noted.
     """
     handle = test.hypothesis  # type: ignore[attr-defined]
     ran = 0
@@ -28,5 +59,6 @@ def fuzz(test: Callable[..., None], examples: int, **fixed: Any) -> int:
         handle.inner_test(**drawn, **fixed)
         ran += 1
 
-    run()
-    return ran
+    with worst_error() as worst:
+        run()
+        return {"cases": ran, "worst": worst()}

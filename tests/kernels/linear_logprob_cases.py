@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tests.kernels.fuzz import note_error
 from tulu_hpc.kernels import last_backend, linear_logprob
 from tulu_hpc.kernels.linear_logprob.reference import linear_logprob_dense
 
@@ -50,6 +51,7 @@ def compare(h, w, target, row=None, *, backend, tolerance, seed=7, **arguments):
     for name, mine, want in zip(("logprobs", "entropy", "d hidden", "d weight"), ours, oracle):
         bound = tolerance * max(1.0, float(want.abs().max()) if want.numel() else 0.0)
         error = float((mine - want).abs().max()) if want.numel() else 0.0
+        note_error(tolerance * error / bound)
         assert error <= bound, f"{name}: {error:.2e} > {bound:.2e}"
     return ours
 

@@ -138,3 +138,32 @@ def test_no_gradient_at_all(backend, gemms):
     gemms.clear()
     grads = torch.autograd.grad((logprobs * 0.0).sum(), (h, w))
     assert not gemms and not grads[0].any() and not grads[1].any()
+
+
+@pytest.mark.parametrize("setting", [True, False, (False, False)])
+def test_bf16_products_are_summed_in_fp32(setting, monkeypatch):
+    """cuBLAS may not add partial sums in bf16 while they are launched; the user's setting is there again afterwards."""
+    flags = torch.backends.cuda.matmul
+    name = "allow_bf16_reduced_precision_reduction"
+    read = lambda: (getattr(flags, name), getattr(flags, f"{name}_split_k", True))  # noqa: E731
+    before = read()
+    seen = []
+
+    def mm(a, b, out):
+        seen.append(read())
+        if len(seen) == 2:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch, "mm", mm)
+    a = torch.zeros(2, 2, dtype=torch.bfloat16)
+    gemm_half = Problem(a, a, torch.zeros(2), torch.zeros(3), 1.0, 0.0, 0, 4096).gemm_half
+    try:
+        setattr(flags, name, setting)
+        own = read()
+        gemm_half(a, a, a)
+        assert read() == own
+        with pytest.raises(RuntimeError, match="out of memory"):
+            gemm_half(a, a, a)
+        assert read() == own and seen == [(False, own[1])] * 2
+    finally:
+        setattr(flags, name, before)

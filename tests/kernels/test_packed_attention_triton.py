@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.fake_libraries import dense_backward, dense_forward
+from tests.kernels.fuzz import close
 from tulu_hpc.kernels import BackendError, last_backend, packed_attention, plan_attention
 from tulu_hpc.kernels.packed_attention import flash, ops, parts, select, triton_backend, triton_plan
 from tulu_hpc.kernels.packed_attention import plan as plan_module
@@ -80,9 +81,7 @@ def compare(plan: AttentionPlan, dtype: torch.dtype, tolerance: float, seed: int
         ["out", "dq", "dk", "dv"], run(plan, inputs, **options), oracle(plan, inputs, **options)
     ):
         assert mine.dtype == dtype
-        torch.testing.assert_close(
-            mine.double(), want, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        close(mine.double(), want, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @st.composite

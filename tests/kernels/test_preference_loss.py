@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels.fuzz import close
 from tulu_hpc.kernels import available_backends, last_backend, preference_loss
 from tulu_hpc.kernels.preference_loss.problem import KINDS
 
@@ -66,11 +67,11 @@ def check(case: dict[str, Tensor], backend: str, wrt: str = "logprobs_K", **opti
     """Loss, gradient and metrics of a backend against the fp64 reference, to fp32 rounding."""
     loss, gradient, metrics = evaluate(case, backend, wrt, **options)
     wanted_loss, wanted_gradient, wanted_metrics = evaluate(case, "reference", wrt, torch.float64, **options)
-    torch.testing.assert_close(loss, wanted_loss, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-6, atol=1e-9)
+    close(loss, wanted_loss, rtol=1e-6, atol=1e-6)
+    close(gradient, wanted_gradient, rtol=1e-6, atol=1e-9)
     assert metrics.keys() == wanted_metrics.keys()
     for name in metrics:
-        torch.testing.assert_close(metrics[name], wanted_metrics[name], rtol=1e-6, atol=1e-6)
+        close(metrics[name], wanted_metrics[name], rtol=1e-6, atol=1e-6)
 
 
 def by_hand(case: dict[str, Tensor], kind: str, beta: float, o: dict[str, Any]) -> float:

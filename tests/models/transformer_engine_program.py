@@ -15,10 +15,12 @@ from tests.parallel.forked import run_forked
 from tulu_hpc.data.packed_batch import pack
 from tulu_hpc.models import build, convert
 from tulu_hpc.models.build import build_model
+from tulu_hpc.models.conversion import import_hf
 from tulu_hpc.models.llama import Llama, score
 from tulu_hpc.models.names import hf_shapes, merge_shards
 from tulu_hpc.models.transformer_engine import LayerSpecError, TransformerEngineOptions
 from tulu_hpc.parallel.layout import Layout, destroy, initialize, initialize_fake
+from tulu_hpc.training.weights import load_pretrained
 
 TE = TransformerEngineOptions()
 SHAPE = architecture()
@@ -63,6 +65,16 @@ def on_ranks(path: str, layout: Layout, options: TransformerEngineOptions | None
     }
 
 
+def loaded_from(checkpoint: str, path: str, layout: Layout, options: TransformerEngineOptions | None) -> bool:
+    """Whether a model that reads the checkpoint holds the tensors of the Hugging Face directory, bit by bit."""
+    groups = initialize(layout, seed=1)
+    chunks = build_model(SHAPE, groups, device="cpu", transformer_engine=options)
+    load_pretrained(chunks, Path(checkpoint), SHAPE, groups)
+    files = convert.HfDirectory(path)
+    stream = convert.iter_hf_tensors(chunks, SHAPE, groups)
+    return all(t is None or torch.equal(t, files.read(n, (slice(None),))) for n, t in stream)
+
+
 def difference(a: dict[str, Any], b: dict[str, Any]) -> float:
     worst = max(abs(x - y) for x, y in zip(a["logprobs"], b["logprobs"], strict=True))
     assert a["grads"].keys() == b["grads"].keys()
@@ -93,6 +105,12 @@ def main(folder: Path) -> None:
     local = run_forked(1, on_ranks, path, Layout(), None)[0]
     one = run_forked(1, on_ranks, path, Layout(), TE)[0]
     two = run_forked(2, on_ranks, path, Layout(tensor=2, sequence=True), TE)[0]
+    imported = str(folder / "imported")
+    import_hf(Path(path), Path(imported))
+    from_checkpoint = [
+        run_forked(world, loaded_from, imported, path, layout, options)[0]
+        for world, layout, options in ((1, Layout(), None), (2, Layout(tensor=2), TE))
+    ]
     print(
         json.dumps(
             {
@@ -103,6 +121,7 @@ def main(folder: Path) -> None:
                 "extra": one["extra"],
                 "stream": one["stream"],
                 "stream_two": two["stream"],
+                "from_checkpoint": from_checkpoint,
                 "exact": [one["exact"], two["exact"]],
                 "against_local": difference(one, local),
                 "split": difference(two, local),

@@ -187,11 +187,15 @@ def test_the_verbs_on_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert " tensors, the first: model.embed_tokens.weight: xxh3 " in capsys.readouterr().err
     assert run_verb("import", model, start) == 2
     assert f"error: {start}: exists already" in capsys.readouterr().err
+    none = str(tmp_path / "none")
     for arguments, words in (
         (("import", model, model), "the same directory"),
         (("export", start, str(tmp_path / "x"), "--workers", "0"), "--workers 0"),
         (("import", model, str(tmp_path / "x"), "--max-shard-gb", "0"), "--max-shard-gb 0.0"),
-        (("export", str(tmp_path / "none"), str(tmp_path / "x")), "none: neither a Hugging Face directory"),
+        (
+            ("export", str(tmp_path / "none"), str(tmp_path / "x")),
+            f"error: model {none}: neither a Hugging Face directory",
+        ),
     ):
         assert run_verb(*arguments) == 2
         assert words in capsys.readouterr().err

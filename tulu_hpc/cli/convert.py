@@ -13,7 +13,7 @@ from tulu_hpc.config.schema import InitialiseConfig
 
 Dtype = Annotated[
     Literal["float32", "bfloat16"] | None,
-    typer.Option("--dtype", help="Of the written weights; default: the source's."),
+    typer.Option("--dtype", help="Of the written weights; default: the source's, or the run's model.dtype."),
 ]
 Workers = Annotated[int, typer.Option("--workers", help="Threads; each holds a few MiB.")]
 

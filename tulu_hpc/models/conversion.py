@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import xxhash
 
-from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.models import torch_dist_files
 from tulu_hpc.models.companions import copy_companions, write_config
 from tulu_hpc.models.conversion_job import ConversionError, Note, checksum, identity, staged, write_files
@@ -111,7 +110,7 @@ def import_hf(
     if model.kind != HUGGINGFACE:
         raise ConversionError(f"{source}: is a checkpoint already")
     dtype = dtype or single_dtype(model)
-    shards = _plan_parameters(model.architecture, dtype, max_shard_bytes)
+    shards = _plan_parameters(model, dtype, max_shard_bytes)
     names = [f"__{index}_0.distcp" for index in range(len(shards))]
     plan = _plan(CHECKPOINT, model, dtype, [[f"{p.key} {p.layer}" for p in shard] for shard in shards])
     with Files() as files, staged(target, plan) as staging:
@@ -129,7 +128,7 @@ def import_hf(
             for note in notes
             for chunk in note["chunks"]
         ]
-        torch_dist_files.write_index(staging, chunks, dtype, model.architecture)
+        torch_dist_files.write_index(staging, chunks, dtype, model.architecture, model.head)
         return _finish(staging, model, plan, names, notes, dtype)
 
 
@@ -158,7 +157,7 @@ def export_hf(
     if model.kind != CHECKPOINT:
         raise ConversionError(f"{source}: is a Hugging Face directory already")
     dtype = dtype or single_dtype(model)
-    shapes = hf_shapes(model.architecture)
+    shapes = hf_shapes(model.architecture, model.head)
     shards = plan_shards(shapes, dtype.itemsize, max_shard_bytes)
     names = shard_files(shards)
     plan = _plan(HUGGINGFACE, model, dtype, shards)
@@ -184,10 +183,10 @@ def _plan(kind: str, model: Model, dtype: torch.dtype, shards: object) -> Note:
     return {**plan, "sources": sources, "shards": shards}
 
 
-def _plan_parameters(architecture: Architecture, dtype: torch.dtype, max_shard_bytes: float) -> list[list[Parameter]]:
+def _plan_parameters(model: Model, dtype: torch.dtype, max_shard_bytes: float) -> list[list[Parameter]]:
     shards: list[list[Parameter]] = [[]]
     used = 0
-    for parameter in stored_parameters(architecture):
+    for parameter in stored_parameters(model.architecture, model.head):
         size = math.prod(parameter.shape) * dtype.itemsize
         if shards[-1] and used + size > max_shard_bytes:
             shards.append([])
@@ -265,7 +264,7 @@ def _finish(
     chat_template: str | None = None,
 ) -> Note:
     """Config, tokenizer and `conversion.json`."""
-    write_config(staging, model.architecture, dtype, source=model.base)
+    write_config(staging, model.architecture, dtype, source=model.base, head=model.head)
     copy_companions(model.base, staging)
     if chat_template is not None:
         (staging / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
@@ -275,7 +274,7 @@ def _finish(
         "kind": plan["kind"],
         "source": plan["source"],
         "dtype": plan["dtype"],
-        "tensors": {name: tensors[name] for name in hf_shapes(model.architecture)},
+        "tensors": {name: tensors[name] for name in hf_shapes(model.architecture, model.head)},
         "files": {name: note["file"] for name, note in zip(names, notes, strict=True)},
     }
     written = {*names, RECORD}  # the record itself may be there, from a start that was killed after writing it

@@ -16,6 +16,8 @@ import torch
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.models import safetensors_layout, torch_dist_files
 from tulu_hpc.models.conversion_job import ConversionError, Note, checksum
+from tulu_hpc.models.names import SCORE
+from tulu_hpc.models.scalar_head import Head
 from tulu_hpc.models.stored_tensors import StoredTensor
 
 RECORD = "conversion.json"
@@ -63,6 +65,10 @@ class Model:
     architecture: Architecture
     tensors: dict[str, StoredTensor]
     checksums: dict[str, str]
+
+    @property
+    def head(self) -> Head:
+        return "value" if SCORE in self.tensors else "logprobs"
 
     @property
     def files(self) -> list[Path]:

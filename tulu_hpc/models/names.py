@@ -54,7 +54,7 @@ _LAYER: dict[str, tuple[Kind, tuple[str, ...]]] = {
     "mlp.linear_fc2.weight": ("columns", ("mlp.down_proj.weight",)),
 }
 
-# Of our own layers, which is also how checkpoints name them; Transformer Engine's names are the others.
+# Of our own layers; Transformer Engine's names, which checkpoints of either have (`stored_names`), are the others.
 LAYER_PARAMETERS = tuple(name for name in _LAYER if not name.endswith("layer_norm_weight"))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from tulu_hpc.config.architecture import Architecture
-from tulu_hpc.models.names import HEAD, IGNORED, hf_shapes
+from tulu_hpc.models.names import HEAD, IGNORED, SCORE, hf_shapes
 from tulu_hpc.models.safetensors_files import DTYPE_NAMES, INDEX, HfDirectory
 from tulu_hpc.models.stored_tensors import Piece, StoredTensor
 
@@ -19,15 +19,18 @@ _MAX_HEADER = 100_000_000  # as the safetensors library has it
 def hf_tensors(path: Path, architecture: Architecture) -> dict[str, StoredTensor]:
     """Every tensor of the model, in the order it runs. Reads headers only.
 
+    A directory with `score.weight` is one of a model with a scalar head.
+
     Raises:
         ValueError: naming the directory or file and the tensor: missing, unexpected, of another shape or damaged.
     """
     directory = HfDirectory(path)
     directory.close()
     headers = {file: read_header(path / file) for file in sorted(set(directory.file_of.values()))}
-    check_names(path, directory.file_of, hf_shapes(architecture), extra_head=architecture.tie_word_embeddings)
+    shapes = hf_shapes(architecture, "value" if SCORE in directory.file_of else "logprobs")
+    check_names(path, directory.file_of, shapes, extra_head=architecture.tie_word_embeddings)
     found: dict[str, StoredTensor] = {}
-    for name, shape in hf_shapes(architecture).items():
+    for name, shape in shapes.items():
         file = directory.file_of[name]
         tensor = headers[file].get(name)
         if tensor is None:

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tulu_hpc.config.architecture import Architecture
-from tulu_hpc.models.names import LAYER_PARAMETERS, Mapping, hf_shapes, mapping, qkv_widths
+from tulu_hpc.models.names import LAYER_PARAMETERS, SCORE, Mapping, hf_shapes, mapping, qkv_widths
+from tulu_hpc.models.scalar_head import Head
 
 _STORED_AS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -48,6 +49,7 @@ class Parameter:
         shape: of the parameter, without layer axis and padding.
         parts: what it consists of, from its first row to its last.
         split_columns: tensor-parallel ranks hold columns, not rows.
+        padded: a checkpoint may hold more rows, of padding.
     """
 
     key: str
@@ -55,21 +57,24 @@ class Parameter:
     shape: tuple[int, ...]
     parts: tuple[Rows, ...]
     split_columns: bool
+    padded: bool
 
     @property
     def hf_names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(part.name for part in self.parts))
 
 
-def stored_parameters(architecture: Architecture) -> Iterator[Parameter]:
+def stored_parameters(architecture: Architecture, head: Head = "logprobs") -> Iterator[Parameter]:
     """Every parameter of the model, in the order it runs; tied embeddings once."""
-    shapes = hf_shapes(architecture)
+    shapes = hf_shapes(architecture, head)
     yield _parameter("embedding.word_embeddings.weight", None, architecture, shapes)
     for layer in range(architecture.num_hidden_layers):
         for name in LAYER_PARAMETERS:
             yield _parameter(name, layer, architecture, shapes)
     yield _parameter("decoder.final_layernorm.weight", None, architecture, shapes)
-    if not architecture.tie_word_embeddings:
+    if head == "value":
+        yield _parameter(SCORE, None, architecture, shapes)
+    elif not architecture.tie_word_embeddings:
         yield _parameter("output_layer.weight", None, architecture, shapes)
 
 
@@ -84,6 +89,7 @@ def _parameter(
         shape=(sum(part.count for part in parts), *shapes[mapped.hf_names[0]][1:]),
         parts=parts,
         split_columns=mapped.kind == "columns",
+        padded=mapped.kind == "vocab",
     )
 
 

@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from tulu_hpc.config.architecture import Architecture
+from tulu_hpc.models.names import SCORE
+from tulu_hpc.models.scalar_head import Head
 from tulu_hpc.models.stored_names import EXTRA_STATES, Parameter, stored_parameters
 from tulu_hpc.models.stored_tensors import Bytes, Piece, StoredTensor
 
@@ -58,12 +60,14 @@ class Chunk:
 def hf_tensors(path: Path, architecture: Architecture) -> dict[str, StoredTensor]:
     """The model of a checkpoint under its Hugging Face names, in the order it runs. Reads no weights.
 
+    A checkpoint with `score.weight` is one of a model with a scalar head.
+
     Raises:
         ValueError: naming the checkpoint and the tensor: missing, unexpected, incomplete or of another shape.
     """
     metadata = _read_metadata(path)
     tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
-    parameters = list(stored_parameters(architecture))
+    parameters = list(stored_parameters(architecture, "value" if SCORE in tensors else "logprobs"))
     known = {parameter.key for parameter in parameters}
     missing = sorted(known - tensors.keys())
     unexpected = sorted(key for key in tensors.keys() - known if not key.startswith(_NOT_THE_MODEL))
@@ -109,8 +113,7 @@ def _check_shape(parameter: Parameter, found: tuple[int, ...], architecture: Arc
     wanted = parameter.shape
     if parameter.layer is not None:
         wanted = (architecture.num_hidden_layers, *wanted)
-    padded = parameter.layer is None and len(wanted) == 2
-    rows_fit = found[:1] == wanted[:1] or (padded and found[0] > wanted[0])
+    rows_fit = found[:1] == wanted[:1] or (parameter.padded and found[:1] > wanted[:1])
     if len(found) != len(wanted) or not rows_fit or found[1:] != wanted[1:]:
         raise ValueError(f"{path}: {parameter.key} has shape {found}, the config says {wanted}")
 
@@ -253,7 +256,9 @@ class _Recorder:
         pass
 
 
-def write_index(directory: Path, chunks: Sequence[Chunk], dtype: torch.dtype, architecture: Architecture) -> None:
+def write_index(
+    directory: Path, chunks: Sequence[Chunk], dtype: torch.dtype, architecture: Architecture, head: Head
+) -> None:
     """Write what makes a directory of `.distcp` files a checkpoint: `.metadata` and megatron's own two files, and the
     empty state objects of the layers (`extra_states.distcp`)."""
     layers = architecture.num_hidden_layers
@@ -262,7 +267,7 @@ def write_index(directory: Path, chunks: Sequence[Chunk], dtype: torch.dtype, ar
     by_key: dict[str, list[Chunk]] = {}
     for chunk in chunks:
         by_key.setdefault(chunk.key, []).append(chunk)
-    for parameter in stored_parameters(architecture):
+    for parameter in stored_parameters(architecture, head):
         if parameter.key in state:
             continue
         size = parameter.shape if parameter.layer is None else (layers, *parameter.shape)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from tulu_hpc.config.loader import ConfigError, load_config, read_yaml
 from tulu_hpc.config.run_directory import RESOLVED_CONFIG
-from tulu_hpc.config.verbs import SCHEMAS, TRAINING_VERBS
+from tulu_hpc.config.verbs import SCHEMAS, TRAINING_VERBS, TrainingConfig
 from tulu_hpc.models.comparison import compare
 from tulu_hpc.models.conversion import export_hf, import_hf
 from tulu_hpc.models.conversion_job import ConversionError
@@ -45,13 +45,19 @@ def import_model(source: Path, target: Path, *, dtype: Dtype | None, max_shard_g
 def export_model(source: Path, target: Path, *, dtype: Dtype | None, max_shard_gb: float, workers: int) -> None:
     """Write a checkpoint (of a run: its newest one, or the one given; or imported) as a Hugging Face directory.
 
+    Args:
+        dtype: of the written weights; None: of a run its `model.dtype`, also where `model.fp32_head` keeps a part of it
+            in fp32; else that of the source.
+
     Raises:
         ValueError: naming what is wrong with the source, or that the target exists.
     """
     _check_workers(workers, max_shard_gb)
     _check_apart(source, target)
     started = time.perf_counter()
-    found = find_source(source)
+    found = find_source(source, "model")
+    config = _config_of_run(found)
+    dtype = dtype if config is None else dtype or config.model.dtype
     record = export_hf(
         found.checkpoint or found.base,
         target,
@@ -59,7 +65,8 @@ def export_model(source: Path, target: Path, *, dtype: Dtype | None, max_shard_g
         dtype=None if dtype is None else DTYPES[dtype],
         max_shard_bytes=max_shard_gb * 1e9,
         workers=workers,
-        chat_template=_template_of_run(found),
+        # Where it is not the tokenizer's own.
+        chat_template=None if config is None else exported_template(config),
         done=_shown("convert export"),
     )
     _say_written(record["tensors"], target, time.perf_counter() - started)
@@ -88,18 +95,20 @@ def verify_models(left: Path, right: Path, *, dtype: Dtype | None, workers: int)
 
 
 def _open(path: Path) -> Model:
-    found = find_source(path)
+    found = find_source(path, "model")
     return open_model(found.checkpoint or found.base, found.base)
 
 
-def _template_of_run(source: Source) -> str | None:
-    """The chat template that a run trained with, where it is not the tokenizer's own."""
+def _config_of_run(source: Source) -> TrainingConfig | None:
+    """The configuration of the run that a checkpoint belongs to; None: it was imported."""
     if source.checkpoint is None:
         return None
     file = source.checkpoint.parent.parent / RESOLVED_CONFIG
     data = read_yaml(file)
     verb = next((name for name in TRAINING_VERBS if name in data), TRAINING_VERBS[0])
-    return exported_template(load_config(file, (), SCHEMAS[verb]))  # type: ignore[arg-type]
+    config = load_config(file, (), SCHEMAS[verb])
+    assert isinstance(config, TrainingConfig)
+    return config
 
 
 def _check_workers(workers: int, max_shard_gb: float) -> None:

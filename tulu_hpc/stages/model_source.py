@@ -55,8 +55,11 @@ class OpenModel:
             print(text, flush=True)
 
 
-def find_source(path: str | Path) -> Source:
+def find_source(path: str | Path, what: str = "model.path") -> Source:
     """Tell a Hugging Face directory from a run directory (its newest checkpoint is taken) and a single checkpoint.
+
+    Args:
+        what: the path is, for errors.
 
     Raises:
         ConfigError: it is none of these, or the run has no checkpoint yet.
@@ -69,11 +72,11 @@ def find_source(path: str | Path) -> Source:
     elif (given / RESOLVED_CONFIG).is_file():
         steps = checkpoint.valid_steps(given / "checkpoints")
         if not steps:
-            raise ConfigError(f"model.path {given}: this run has no checkpoint yet")
+            raise ConfigError(f"{what} {given}: this run has no checkpoint yet")
         run_dir, step = given, given / "checkpoints" / f"step_{steps[-1]}"
     else:
         raise ConfigError(
-            f"model.path {given}: neither a Hugging Face directory (config.json), a run directory ({RESOLVED_CONFIG}) "
+            f"{what} {given}: neither a Hugging Face directory (config.json), a run directory ({RESOLVED_CONFIG}) "
             f"nor one of its checkpoints (checkpoints/step_N)"
         )
     return Source(_base_of_run(run_dir), step)

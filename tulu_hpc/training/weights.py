@@ -12,6 +12,7 @@ from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.models.build import unwrap
 from tulu_hpc.models.convert import load_hf
 from tulu_hpc.models.model_files import is_imported, read_record, verify_files
+from tulu_hpc.models.names import SCORE
 from tulu_hpc.parallel.layout import Groups
 
 
@@ -31,9 +32,13 @@ def load_pretrained(
     if not is_imported(path):
         load_hf(chunks, path, architecture, groups, new_head_seed=new_head_seed)
         return
-    if unwrap(chunks[0]).head == "value":
-        raise ValueError(f"{path}: an imported checkpoint has no scalar head; give the Hugging Face directory")
-    names = sorted(read_record(path)["files"])
+    record = read_record(path)
+    if unwrap(chunks[0]).head == "value" and SCORE not in record["tensors"]:
+        hint = "" if new_head_seed is None else "; for a new head on it give the Hugging Face directory"
+        raise ValueError(f"{path}: has no {SCORE}: it is a language model, not a reward model{hint}")
+    if unwrap(chunks[0]).head == "logprobs" and SCORE in record["tensors"]:
+        raise ValueError(f"{path}: has {SCORE}: it is a reward model, not a language model")
+    names = sorted(record["files"])
     mine = verify_files(path, names[groups.rank :: groups.world_size])
     problems = [f"{name}: {what}" for share in groups.all_gather_object(mine) for name, what in share.items()]
     if problems:
