@@ -17,7 +17,7 @@ def local_processes() -> int:
 
 
 def configure(*, deterministic: bool, threads: int | None) -> None:
-    """Set CPU threads (default: the machine's cores shared among its processes); refuse non-deterministic kernels or not.
+    """Set CPU threads (default: the cores shared among the local processes); refuse non-deterministic kernels or not.
 
     Call before the first tensor operation: cuBLAS reads its workspace setting once.
     """
