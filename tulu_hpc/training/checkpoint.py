@@ -86,7 +86,9 @@ def load(trainer: Trainer, path: Path) -> tuple[int, dict[str, Any]]:
     other_form = optimizer_form.saved_by_distributed(path) != distributed
     bf16 = trainer.optimizer.chained_optimizers[0].config.bf16
     if other_form:
-        optimizer_form.ask_for_other(request["optimizer"], distributed=distributed, bf16=bf16)
+        optimizer_form.ask_for_other(
+            request["optimizer"], distributed=distributed, bf16=bf16, sgd=optimizer_form.is_sgd(trainer.optimizer)
+        )
     loaded = dist_checkpointing.load(request, str(path))
     for index, model in enumerate(trainer.models):
         model.load_state_dict(loaded[f"model{index}"])
