@@ -23,7 +23,7 @@ from tulu_hpc.training import checkpoint, determinism
 from tulu_hpc.training.preemption import Preempted
 from tulu_hpc.training.retention import STATE, Retention, discard, remove_leftovers
 from tulu_hpc.training.snapshot import FORMAT, Part, Snapshot, free_bytes, reason
-from tulu_hpc.training.step import NonFiniteError
+from tulu_hpc.training.step import NonFiniteError, SpikeError
 from tulu_hpc.training.trainer import Trainer
 
 
@@ -81,7 +81,7 @@ class Saver:
     ) -> None:
         try:
             # All ranks are here together, unless an error has hit some of them only.
-            if kind is None or issubclass(kind, NonFiniteError | Preempted):
+            if kind is None or issubclass(kind, NonFiniteError | SpikeError | MetricError | Preempted):
                 self.wait()
         finally:
             self._pool.shutdown()
@@ -90,15 +90,18 @@ class Saver:
         """Note the metrics of a step, for choosing the best checkpoint.
 
         Raises:
-            MetricError: the chosen metric is not among those of a step with an update; with the names there are. Those
-                of `eval/` come at some steps only.
+            MetricError: the chosen metric is not among those of a step with an update (`eval/`: of a step with an
+                evaluation); with the names there are. A source that a step has nothing of is no error.
         """
         name = self._retention.metric
         if name is None:
             return
         if name in metrics:
             self._values.append(float(metrics[name]))
-        elif "train/grad_norm" in metrics and not name.startswith("eval/"):
+            return
+        mark = "eval/" if name.startswith("eval/") else "train/grad_norm"
+        objective = [each if "/" in each else f"train/{each}" for each in self._trainer.metric_names]
+        if name not in objective and any(each.startswith(mark) for each in metrics):
             raise MetricError(f"train.best_metric = {name}: there is no such metric; there are {', '.join(metrics)}")
 
     def save(self, extra: dict[str, Any], *, wait: bool = False) -> None:
