@@ -20,7 +20,7 @@ from tulu_hpc.data.chat_template import ChatTemplate
 from tulu_hpc.data.flops import forward_flops, item_work
 from tulu_hpc.data.loader import ItemLoader, StepData
 from tulu_hpc.data.packed_batch import Item
-from tulu_hpc.data.sample_log import SampleLog
+from tulu_hpc.data.sample_log import SampleAuditError, SampleLog
 from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.models.convert import save_hf
 from tulu_hpc.models.scalar_head import Head
@@ -252,7 +252,8 @@ def fit(
                     loss = make_loss(data)
                 result = train_step(trainer, data.packs, loss, stop_requested=stop.pending())
                 marks = clock.stop()
-            samples.write(result.step, [i for pack in data.packs for i in pack.item_ids], batch=data.num_items_global)
+            ids = [i for pack in data.packs for i in pack.item_ids]
+            samples.write(result.step, ids, batch=data.num_items_global, left_out=result.skipped)
             throughput.add(result, marks)
             evaluated = evaluate(result.step)
             if result.step % train.log_every == 0 or result.step == total or evaluated:
@@ -269,14 +270,26 @@ def fit(
 
 
 def open_sample_log(run: Run, loader: ItemLoader, step: int) -> SampleLog:
-    """This process's log of the samples it trains on; one process per data-parallel rank writes. Collective."""
+    """This process's log of the samples it trains on; one process per data-parallel rank writes. Collective.
+
+    Raises:
+        SampleAuditError: on every rank; the log is of other data, or cannot be written.
+    """
     groups, folder = run.groups, run.directory.samples
     assert not isinstance(run.config, RlvrConfig)  # keeps its samples itself
-    enabled = run.config.train.sample_log
-    if enabled and groups.is_main:
-        sample_log.begin(folder, loader.item_ids, resume_step=step)
-    groups.barrier()
-    writes = enabled and groups.tp_rank == groups.cp_rank == groups.pp_rank == 0
+    wanted = run.config.train.sample_log
+    kept, failure = wanted, None
+    if wanted and groups.is_main:
+        try:
+            kept = sample_log.begin(folder, loader.item_ids, resume_step=step)
+        except (OSError, SampleAuditError) as error:
+            failure = str(error)
+    kept, failure = groups.broadcast_object((kept, failure))
+    if failure:
+        raise SampleAuditError(failure)
+    if wanted and not kept:
+        run.say(f"no sample log: the first {step} steps of this run were made without one")
+    writes = kept and groups.tp_rank == groups.cp_rank == groups.pp_rank == 0
     return SampleLog(folder, dp_rank=groups.dp_rank, resume_step=step, enabled=writes)
 
 
@@ -327,9 +340,9 @@ def finish(run: Run, trainer: Trainer) -> Path:
             dtype=DTYPES[config.model.dtype],
             chat_template=exported_template(config) if run.groups.is_main else None,
         )
+    if not isinstance(config, RlvrConfig) and config.train.sample_log:
+        audit_samples(run)
     if run.groups.is_main:
-        if not isinstance(config, RlvrConfig) and config.train.sample_log:
-            run.say(str(sample_log.audit(run.directory.samples)))
         exported = sorted(file.name for file in run.directory.hf.iterdir()) if config.train.export_hf else []
         mark = run.directory.root / FINISHED
         partial = mark.with_suffix(".partial")
@@ -338,6 +351,22 @@ def finish(run: Run, trainer: Trainer) -> Path:
     run.groups.barrier()
     run.say(f"finished {trainer.step} steps: {run.directory.root}")
     return run.directory.root
+
+
+def audit_samples(run: Run) -> None:
+    """Say what the sample log proves, if there is one. Collective.
+
+    Raises:
+        SampleAuditError: on every rank; a sample was left out or seen twice.
+    """
+    failure = None
+    if run.groups.is_main and (run.directory.samples / sample_log.ITEMS).is_file():
+        try:
+            run.say(str(sample_log.audit(run.directory.samples)))
+        except SampleAuditError as error:
+            failure = str(error)
+    if failure := run.groups.broadcast_object(failure):
+        raise SampleAuditError(failure)
 
 
 def exported_template(config: TrainingConfig) -> str | None:
