@@ -18,11 +18,12 @@ import xxhash
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from tulu_hpc.models.checksums import Entry, file_entry
 from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.training import determinism, optimizer_form
 from tulu_hpc.training.optimizer import optimizer_step, unshare_steps
 from tulu_hpc.training.retention import STATE, remove_leftovers, set_aside, valid_steps
-from tulu_hpc.training.snapshot import FORMAT, MANIFEST, Entry, file_entry
+from tulu_hpc.training.snapshot import FORMAT, MANIFEST
 from tulu_hpc.training.trainer import Trainer
 
 
