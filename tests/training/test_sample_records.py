@@ -90,7 +90,7 @@ def test_a_log_that_is_missing_or_wrong(tmp_path: Path, capfd: pytest.CaptureFix
     for log in samples.glob("from_*"):
         log.rename(tmp_path / log.name)
     first, second = two_ranks(sft.run, file)
-    assert "step 1 is missing" in first and first == second
+    assert "step 1 is missing" in first and f"without {samples}" in first and first == second
     assert not (tmp_path / "run" / "finished.json").exists()
     shutil.rmtree(samples)
     assert two_ranks(sft.run, file) == ["", ""]

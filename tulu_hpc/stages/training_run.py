@@ -366,7 +366,10 @@ def audit_samples(run: Run) -> None:
         except SampleAuditError as error:
             failure = str(error)
     if failure := run.groups.broadcast_object(failure):
-        raise SampleAuditError(failure)
+        raise SampleAuditError(
+            f"{failure}; checkpoints and export are there, start again without {run.directory.samples} to finish the "
+            "run without this proof"
+        )
 
 
 def exported_template(config: TrainingConfig) -> str | None:
