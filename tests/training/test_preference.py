@@ -269,6 +269,7 @@ def sft_and_dpo(inputs: Path, folder: Path) -> None:
         values["train"].pop("save_every")
         values["train"]["global_batch_size"] = 2
         values["data"]["shuffle"] = False
+        values["train"] |= {"keep_best": 1, "best_metric": "loss/rare"}  # of the first step only
         path = folder / f"{verb} {torch.distributed.get_rank()}.yaml"
         stage.run(load_config(tiny_run.write_config(values, path), (), schema))
 

@@ -284,13 +284,12 @@ def test_best_of_several_and_by_maximum(model: Path, tmp_path: Path) -> None:
 
 
 def saver_of(model: Path, folder: Path, metric: str, seen: list[dict[str, float]]) -> list[float]:
-    """What a saver counts of the metrics of some steps; the objective knows `loss` and `loss/rare`."""
+    """What a saver counts of the metrics of some steps; known are `train/loss` and `loss/rare`."""
     with single_process() as groups:
         trainer = tiny.make_trainer(model, groups, PLAIN)
-        trainer.metric_names = ["loss", "loss/rare"]
         with Saver(trainer, folder, retention=Retention(best=1, metric=metric)) as saver:
             for metrics in seen:
-                saver.observe(metrics)
+                saver.observe(metrics, known=["train/loss", "loss/rare"])
             return saver._values
 
 

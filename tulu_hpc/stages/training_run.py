@@ -259,7 +259,7 @@ def fit(
             if result.step % train.log_every == 0 or result.step == total or evaluated:
                 logger.log(result.step, {**_metrics(result), **throughput.metrics(), **evaluated})
             progress.update(result.step, tokens=result.rows, loss=f"{result.loss:.7f}", lr=result.lr)
-            saver.observe({**_named(result), **evaluated})
+            saver.observe({**_named(result), **evaluated}, known=[_name(each) for each in trainer.metric_names])
             saver.poll()
             last = result.step == total
             if last or result.stop_requested or (train.save_every and result.step % train.save_every == 0):
@@ -380,9 +380,13 @@ def exported_template(config: TrainingConfig) -> str | None:
 
 
 def _named(result: StepResult) -> dict[str, float]:
-    """A step's metrics by name: an objective's `loss` is `train/loss`, names with a room of their own stay."""
-    named = {name if "/" in name else f"train/{name}": value for name, value in result.metrics.items()}
-    return {**named, "train/grad_norm": result.grad_norm}
+    """A step's metrics by name."""
+    return {**{_name(name): value for name, value in result.metrics.items()}, "train/grad_norm": result.grad_norm}
+
+
+def _name(name: str) -> str:
+    """An objective's `loss` is `train/loss`, names with a room of their own stay."""
+    return name if "/" in name else f"train/{name}"
 
 
 def _metrics(result: StepResult) -> dict[str, float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,12 +86,15 @@ class Saver:
         finally:
             self._pool.shutdown()
 
-    def observe(self, metrics: Mapping[str, float]) -> None:
+    def observe(self, metrics: Mapping[str, float], *, known: Collection[str] = ()) -> None:
         """Note the metrics of a step, for choosing the best checkpoint.
+
+        Args:
+            known: names of metrics that the step may have had nothing to count for (a source that is not in it).
 
         Raises:
             MetricError: the chosen metric is not among those of a step with an update (`eval/`: of a step with an
-                evaluation); with the names there are. A source that a step has nothing of is no error.
+                evaluation) and is not known; with the names there are.
         """
         name = self._retention.metric
         if name is None:
@@ -100,8 +103,7 @@ class Saver:
             self._values.append(float(metrics[name]))
             return
         mark = "eval/" if name.startswith("eval/") else "train/grad_norm"
-        objective = [each if "/" in each else f"train/{each}" for each in self._trainer.metric_names]
-        if name not in objective and any(each.startswith(mark) for each in metrics):
+        if name not in known and any(each.startswith(mark) for each in metrics):
             raise MetricError(f"train.best_metric = {name}: there is no such metric; there are {', '.join(metrics)}")
 
     def save(self, extra: dict[str, Any], *, wait: bool = False) -> None:
