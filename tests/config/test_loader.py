@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tulu_hpc.config.loader import ConfigError, dump_yaml, load_config
-from tulu_hpc.config.schema import DecontaminateConfig, MixConfig, RecipeConfig, SftConfig
+from tulu_hpc.config.schema import DecontaminateConfig, MixConfig, RecipeConfig, RewardModelConfig, SftConfig
 
 BASE = """\
 run: {root: runs/x}
@@ -224,6 +224,16 @@ def test_shipped_configurations_are_found_from_anywhere(tmp_path: Path, monkeypa
     assert load_config("configs/quickstart/sft.yaml", [], SftConfig).train.steps == 4
     with pytest.raises(ConfigError, match=r"configs/quickstart/none\.yaml: no such file"):
         load_config("configs/quickstart/none.yaml", [], SftConfig)
+
+
+def test_settings_of_reward_models(base: Path) -> None:
+    with pytest.raises(ConfigError, match=r"fp32_head is of the vocabulary's head"):
+        load_config(base, ["model.fp32_head=true"], RewardModelConfig)
+    best = ["train.keep_best=1", "train.best_metric=eval/loss"]
+    for schema in (SftConfig, RewardModelConfig):
+        with pytest.raises(ConfigError, match="best_metric is eval/loss, but nothing is evaluated"):
+            load_config(base, best, schema)
+    assert load_config(base, [*best, "rm.eval_path=d"], RewardModelConfig).train.keep_best == 1
 
 
 def test_settings_that_exclude_each_other(base: Path) -> None:

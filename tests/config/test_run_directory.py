@@ -37,6 +37,9 @@ def test_same_configuration_reopens(tmp_path: Path) -> None:
 def test_layout_may_differ(tmp_path: Path) -> None:
     RunDirectory.open(config(tmp_path, "run.dir={root}/a"), verb="sft")
     other = ["parallel.tensor=2", "parallel.distributed_optimizer=false", "train.log_every=7", "telemetry.wandb=true"]
+    other += ["parallel.pipeline=4", "parallel.first_stage_layers=1", "parallel.last_stage_layers=1"]
+    other += ["parallel.overlap_grad_reduce=true", "parallel.gradient_bucket_size=1000"]
+    other += ["train.nan_watch=always", "train.export_hf=false"]
     changed = config(tmp_path, "run.dir={root}/a", *other, "train.async_save=false", "train.best_metric=train/loss")
     run = RunDirectory.open(changed, verb="sft")
     assert load_config(run.resolved_config, [], SftConfig).parallel.tensor == 2

@@ -83,6 +83,21 @@ def test_other_data_and_no_log(tmp_path: Path) -> None:
         audit(tmp_path / "elsewhere")
 
 
+def test_a_run_that_began_without_a_log(tmp_path: Path) -> None:
+    """Its log could prove nothing, and would fail the run at its end."""
+    assert not begin(tmp_path / "samples", IDS, resume_step=3)
+    assert not (tmp_path / "samples").exists()
+    assert begin(tmp_path / "samples", IDS, resume_step=0)
+
+
+def test_steps_left_out_are_told(tmp_path: Path) -> None:
+    begin(tmp_path, ["a", "b"], resume_step=0)
+    with SampleLog(tmp_path, dp_rank=0, resume_step=0) as log:
+        log.write(1, ["a"], batch=1, left_out=True)
+        log.write(2, ["b"], batch=1)
+    assert str(audit(tmp_path)).endswith("each of 2 was seen 1 times; 1 of them in steps left out as spikes")
+
+
 def test_equal_rows_are_counted_together(tmp_path: Path) -> None:
     begin(tmp_path, ["a", "a", "b"], resume_step=0)
     with SampleLog(tmp_path, dp_rank=0, resume_step=0) as log:

@@ -61,6 +61,17 @@ def test_every_assistant_turn_is_trained_calls_included() -> None:
     assert json.dumps(TOOL) in whole and "Be brief." in whole and set(result.turn_starts) == {2, 4}
 
 
+def test_words_and_two_calls_in_one_turn() -> None:
+    row = json.loads(json.dumps(ROW))
+    turn = row["messages"][2]
+    turn["content"], turn["tool_calls"] = "I will look.", [CALL, CALL]
+    tokenizer = chat_markers()
+    (result,) = encode_conversations(tokenizer, ChatTemplate(TAGGED, tokenizer), [record(row).messages])
+    assert not isinstance(result, MaskProofError), result
+    trained = tokenizer.decode([t for t, keep in zip(result.token_ids, result.mask, strict=True) if keep])
+    assert trained.startswith("I will look.<call>") and trained.count("<call>") == 2
+
+
 def test_arguments_may_be_text_and_the_record_stays_the_same() -> None:
     as_text = changed(arguments=json.dumps(CALL["function"]["arguments"]))
     assert record(as_text) == record(ROW)

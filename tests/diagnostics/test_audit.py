@@ -181,6 +181,7 @@ def test_it_holds_at_several_layouts(files: Path) -> None:
             ("sft", ["sft.normalisation=token_mean"], {}),
             ("dpo", ["dpo.kind=simpo", "dpo.beta=2"], {"layers": 1}),
             ("dpo", [], {"dtype": "bfloat16"}),
+            ("sft", ["sft.neftune_alpha=5", "model.dtype=bfloat16", "optimizer.gradient_dtype=bfloat16"], {}),
         ],
         2: [
             ("sft", ["parallel.tensor=2", "train.recompute=full"], {}),

@@ -20,12 +20,13 @@ import torch.distributed as dist
 from tests.rlvr import tiny_rlvr
 from tests.training import kill_points, tiny_run
 from tulu_hpc.config.loader import load_config
-from tulu_hpc.config.schema import DpoConfig, RlvrConfig, SftConfig
-from tulu_hpc.stages import dpo, rlvr, sft
+from tulu_hpc.config.schema import DpoConfig, RewardModelConfig, RlvrConfig, SftConfig
+from tulu_hpc.stages import dpo, reward_model, rlvr, sft
 
 STAGES: dict[str, tuple[Any, Callable[[Any], Path]]] = {
     "sft": (SftConfig, sft.run),
     "dpo": (DpoConfig, dpo.run),
+    "rm": (RewardModelConfig, reward_model.run),
     "rlvr": (RlvrConfig, rlvr.run),
 }
 RANKS = 2

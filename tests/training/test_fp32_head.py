@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.parallel.forked import run_forked, single_process
+from tests.parallel.forked import WorkerError, run_forked, single_process
 from tests.training import tiny
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.sections import ModelSection, OptimizerSection, ParallelSection
@@ -21,6 +21,7 @@ from tulu_hpc.models.decode import Decoder
 from tulu_hpc.objectives.terms import Terms
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
 from tulu_hpc.training import checkpoint, saver
+from tulu_hpc.training import optimizer as repairs
 from tulu_hpc.training.step import train_step
 from tulu_hpc.training.trainer import Trainer, build_trainer
 
@@ -152,6 +153,17 @@ def test_trains_saves_and_exports_in_any_layout(model: Path, tmp_path: Path) -> 
         assert found["losses"] == pytest.approx(wanted["losses"], abs=2e-2), layout  # the body is bf16
         assert found["weights"][name].dtype == torch.float32
         assert float((found["weights"][name] - head).abs().max()) <= 4 * lr, layout
+
+
+def test_without_the_numbering_by_dtype_no_checkpoint_can_be_written(tmp_path: Path) -> None:
+    untied = tiny.write_model(tmp_path / "hf")
+
+    def body() -> None:
+        repairs.number_by_dtype = lambda optimizer: None  # of this forked process
+        steps(untied, ParallelSection(), ["sspg", "spgs"], tmp_path, 1e-6)
+
+    with pytest.raises(WorkerError, match="must match the size of tensor"):
+        run_forked(1, body)
 
 
 def test_refused_where_megatron_could_not_save_it(model: Path) -> None:

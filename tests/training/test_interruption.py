@@ -48,7 +48,7 @@ def tied_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("verb", "kills_wanted", "changes"),
-    [("sft", 6, {}), ("sft", 3, {"parallel__tensor": 2}), ("dpo", 4, {}), ("rlvr", 4, {})],
+    [("sft", 6, {}), ("sft", 3, {"parallel__tensor": 2}), ("dpo", 4, {}), ("rm", 3, {}), ("rlvr", 4, {})],
 )
 def test_sigkill_at_random_moments(
     inputs: Path, tmp_path: Path, verb: str, kills_wanted: int, changes: dict[str, Any]
@@ -61,7 +61,7 @@ def test_sigkill_with_tied_embeddings_over_two_stages(tied_inputs: Path, tmp_pat
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("verb", ["sft", "dpo", "rlvr"])
+@pytest.mark.parametrize("verb", ["sft", "dpo", "rm", "rlvr"])
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"pipeline": 2}], ids=["dp2", "tp2", "pp2"])
 def test_sigkill_soak(
     inputs: Path, tmp_path: Path, verb: str, layout: dict[str, int], soak_figures: Callable[..., None]

@@ -134,6 +134,14 @@ def test_found_under_recomputation_too(model: Path, tmp_path: Path, place: str, 
     assert first["module"] == name and first["kind"] in kinds
 
 
+def test_a_report_that_cannot_be_written_hides_nothing(model: Path, tmp_path: Path) -> None:
+    """Every rank raises the same error, so that all go on alike."""
+    (tmp_path / "non_finite").write_text("a file")
+    first, second = run_forked(2, step, model, ParallelSection(), in_output, tmp_path)
+    assert "step_1.json cannot be written: " in first["message"] and "no parameter was changed" in first["message"]
+    assert first["message"] == second["message"]
+
+
 def broken_sample(model: Path, parallel: ParallelSection, broken: str) -> Any:
     """One sample's log-probs are infinite, but its gradient is not: only the loss shows it."""
     groups = initialize(layout_of(parallel), seed=1)

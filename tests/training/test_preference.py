@@ -240,12 +240,36 @@ def test_resident_reference_is_the_cached_one_at_any_layout(inputs: Path, tmp_pa
         assert losses == pytest.approx(wanted, abs=1e-5), key
 
 
+def phases_of_the_reference(inputs: Path, run: Path) -> list[str]:
+    """The phase of the step's clock in which a resident reference reads the packs, per step."""
+    seen: list[str] = []
+    fit, add_sums = dpo.training_run.fit, dpo.reference.add_sums
+
+    def fitting(run: Any, trainer: Any, *rest: Any) -> None:
+        def adding(*arguments: Any) -> None:
+            seen.append(trainer.clock._stack[-1])
+            add_sums(*arguments)
+
+        dpo.reference.add_sums = adding
+        fit(run, trainer, *rest)
+
+    dpo.training_run.fit = fitting  # of this forked process
+    values = tiny_run.config(inputs, run, "dpo", train__steps=2, train__export_hf=False, dpo__reference="resident")
+    dpo.run(load_config(tiny_run.write_config(values, run.with_suffix(".yaml")), (), DpoConfig))
+    return seen
+
+
+def test_a_resident_reference_is_no_time_of_the_loader(inputs: Path, tmp_path: Path) -> None:
+    assert run_forked(1, phases_of_the_reference, inputs, tmp_path / "run") == [["forward", "forward"]]
+
+
 def sft_and_dpo(inputs: Path, folder: Path) -> None:
     for verb, schema, stage in (("sft", SftConfig, sft), ("dpo", DpoConfig, dpo)):
         values = tiny_run.config(inputs, folder / verb, verb, train__steps=6, train__export_hf=False)
         values["train"].pop("save_every")
         values["train"]["global_batch_size"] = 2
         values["data"]["shuffle"] = False
+        values["train"] |= {"keep_best": 1, "best_metric": "loss/rare"}  # of the first step only
         path = folder / f"{verb} {torch.distributed.get_rank()}.yaml"
         stage.run(load_config(tiny_run.write_config(values, path), (), schema))
 

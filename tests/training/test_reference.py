@@ -59,8 +59,9 @@ class TestReferenceCache:
     def test_same_at_any_layout_and_order(self, model: Path, tmp_path: Path) -> None:
         pairs = tiny.make_items("ppppp")
         wanted = self.columns(run_forked(1, self.attach, model, tmp_path / "a", pairs)[0])
-        for parallel in (PLAIN, ParallelSection(tensor=2), ParallelSection(pipeline=2), ParallelSection(context=2)):
-            for found in run_forked(2, self.attach, model, tmp_path / str(parallel), pairs[::-1], parallel):
+        layouts = (PLAIN, ParallelSection(tensor=2), ParallelSection(pipeline=2), ParallelSection(context=2))
+        for number, parallel in enumerate(layouts):
+            for found in run_forked(2, self.attach, model, tmp_path / str(number), pairs[::-1], parallel):
                 got = self.columns(found)
                 assert got.keys() == wanted.keys()
                 for key, sums in wanted.items():

@@ -320,6 +320,23 @@ def test_quickstart_learns_and_exports(inputs: Path, tmp_path: Path) -> None:
     assert last["eval/rewards/margins"] == pytest.approx(sum(margins) / len(margins), abs=1e-4)
 
 
+def test_a_held_out_pair_that_fits_no_pack_is_refused_before_training(inputs: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "w " * 60}]
+    row = {
+        side: [*turns, {"role": "assistant", "content": word * 40}]
+        for side, word in [("chosen", "a "), ("rejected", "b ")]
+    }
+    (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
+    changes = {"rm__eval_path": str(tmp_path / "long.jsonl"), "data__max_length": 4096, "train__steps": 2}
+
+    def body() -> None:
+        with pytest.raises(ValueError, match=r"a pair of \d+ rows does not fit into a pack of 128"):
+            reward_model.run(run_config(inputs, tmp_path / "run", **changes))
+
+    run_forked(1, body)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "nothing was trained"
+
+
 def test_a_reward_model_may_be_trained_further(inputs: Path, tmp_path: Path) -> None:
     """Its head is kept: a second run starts from the held-out metrics that the first one ended with."""
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 from typer.testing import CliRunner
 
+from tests.parallel.forked import run_forked
 from tests.training import tiny_run
 from tulu_hpc.cli.main import app
+from tulu_hpc.config.loader import load_config
+from tulu_hpc.config.schema import SftConfig
+from tulu_hpc.data.sample_log import SampleAuditError
+from tulu_hpc.stages import sft, training_run
+from tulu_hpc.training.non_finite import NonFiniteError
 
 
 def test_two_ranks_two_epochs_with_batches_by_tokens(tmp_path: Path) -> None:
@@ -37,3 +47,52 @@ def test_preview_before_training(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert str(target) in done.output and target.read_text().count(">rejected</h3>") == 3
     assert not (tmp_path / "run").exists()
+
+
+def two_ranks(run: Callable[[SftConfig], Path], file: Path) -> list[str]:
+    """What each of two ranks ends with: nothing, or the error."""
+
+    def body() -> str:
+        try:
+            run(load_config(file, (), SftConfig))
+        except SampleAuditError as error:
+            return str(error)
+        return ""
+
+    return run_forked(2, body)
+
+
+def test_a_log_that_is_missing_or_wrong(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Stopped after step 2; then the log is of other data, has a gap (both on every rank), or is gone."""
+    inputs = tiny_run.write_inputs(tmp_path)
+    values = tiny_run.config(inputs, tmp_path / "run", "sft", train__steps=4)
+    file = tiny_run.write_config(values, tmp_path / "sft.yaml")
+    samples = tmp_path / "run" / "samples"
+
+    def stop_after_two() -> None:
+        step = training_run.train_step
+
+        def stopping(trainer: Any, *arguments: Any, **options: Any) -> Any:
+            if trainer.step == 2:
+                raise NonFiniteError("stop", {})
+            return step(trainer, *arguments, **options)
+
+        training_run.train_step = stopping  # of this forked process
+        with pytest.raises(NonFiniteError):
+            sft.run(load_config(file, (), SftConfig))
+
+    run_forked(2, stop_after_two)
+    ids = (samples / "items.txt").read_text()
+    (samples / "items.txt").write_text("x\n")
+    first, second = two_ranks(sft.run, file)
+    assert "holds the ids of other data" in first and first == second
+    (samples / "items.txt").write_text(ids)
+    for log in samples.glob("from_*"):
+        log.rename(tmp_path / log.name)
+    first, second = two_ranks(sft.run, file)
+    assert "step 1 is missing" in first and f"without {samples}" in first and first == second
+    assert not (tmp_path / "run" / "finished.json").exists()
+    shutil.rmtree(samples)
+    assert two_ranks(sft.run, file) == ["", ""]
+    assert (tmp_path / "run" / "finished.json").exists() and not samples.exists()
+    assert "no sample log: the first 4 steps" in capfd.readouterr().out

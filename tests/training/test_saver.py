@@ -24,7 +24,7 @@ from tulu_hpc.training import snapshot as snapshot_module
 from tulu_hpc.training.retention import BEST, Retention, valid_steps
 from tulu_hpc.training.saver import MetricError, SaveError, Saver, save
 from tulu_hpc.training.snapshot import Part, Snapshot
-from tulu_hpc.training.step import NonFiniteError
+from tulu_hpc.training.step import NonFiniteError, SpikeError
 from tulu_hpc.training.trainer import Trainer
 
 PLAIN = ParallelSection()
@@ -132,7 +132,7 @@ def test_next_save_waits_for_the_one_before(model: Path, tmp_path: Path, gate: t
         assert valid_steps(tmp_path) == [2, 3]
 
 
-@pytest.mark.parametrize("error", [NonFiniteError, RuntimeError])
+@pytest.mark.parametrize("error", [NonFiniteError, SpikeError, RuntimeError])
 def test_what_ends_the_loop(model: Path, tmp_path: Path, gate: threading.Event, error: type[Exception]) -> None:
     """An error that hits all ranks publishes what is on its way; after another the ranks cannot count on each other."""
     with single_process() as groups:
@@ -142,7 +142,7 @@ def test_what_ends_the_loop(model: Path, tmp_path: Path, gate: threading.Event, 
         with pytest.raises(error), Saver(trainer, tmp_path, retention=Retention()) as saver:
             saver.save({})
             raise error("bad", {}) if error is NonFiniteError else error
-        assert valid_steps(tmp_path) == ([1] if error is NonFiniteError else [])
+        assert valid_steps(tmp_path) == ([] if error is RuntimeError else [1])
         checkpoint.clean(tmp_path, groups)
         assert not list(tmp_path.glob("*.tmp"))
 
@@ -283,9 +283,26 @@ def test_best_of_several_and_by_maximum(model: Path, tmp_path: Path) -> None:
     assert os.readlink(tmp_path / BEST) == "step_3"
 
 
+def saver_of(model: Path, folder: Path, metric: str, seen: list[dict[str, float]]) -> list[float]:
+    """What a saver counts of the metrics of some steps; known are `train/loss` and `loss/rare`."""
+    with single_process() as groups:
+        trainer = tiny.make_trainer(model, groups, PLAIN)
+        with Saver(trainer, folder, retention=Retention(best=1, metric=metric)) as saver:
+            for metrics in seen:
+                saver.observe(metrics, known=["train/loss", "loss/rare"])
+            return saver._values
+
+
+def test_a_source_that_a_step_has_nothing_of(model: Path, tmp_path: Path) -> None:
+    step = {"train/loss": 1.0, "train/grad_norm": 1.0}
+    assert saver_of(model, tmp_path, "loss/rare", [step, {**step, "loss/rare": 3.0}, step]) == [3.0]
+
+
 def test_unknown_metric(model: Path, tmp_path: Path) -> None:
     with pytest.raises(MetricError, match=r"train/lost.*there are train/loss, train/grad_norm"):
         keep_best(model, tmp_path, Retention(best=1, metric="train/lost"), [1.0])
+    with pytest.raises(MetricError, match=r"eval/los: .*there are train/grad_norm, eval/loss"):
+        saver_of(model, tmp_path, "eval/los", [{"train/grad_norm": 1.0}, {"train/grad_norm": 1.0, "eval/loss": 2.0}])
     for metric in (None, "timing/step"):
         with pytest.raises(ValueError, match="best_metric"):
             RlvrTrainSection(steps=1, keep_best=1, best_metric=metric)

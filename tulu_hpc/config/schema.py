@@ -125,6 +125,13 @@ class StageConfig(Section):
         check_layer_spec(self.model, self.parallel, decodes=isinstance(self, RlvrConfig))
         return self
 
+    @model_validator(mode="after")
+    def _best_of_evaluations(self) -> Self:
+        evaluates = isinstance(self, RewardModelConfig) and bool(self.rm.eval_path)
+        if (self.train.best_metric or "").startswith("eval/") and not evaluates:
+            raise ValueError(f"train.best_metric is {self.train.best_metric}, but nothing is evaluated (rm.eval_path)")
+        return self
+
 
 class SftConfig(StageConfig):
     train: TrainSection
@@ -167,6 +174,12 @@ class RewardModelConfig(StageConfig):
 
     train: TrainSection
     rm: RewardModelSection = RewardModelSection()
+
+    @model_validator(mode="after")
+    def _no_vocabulary(self) -> Self:
+        if self.model.fp32_head:
+            raise ValueError("model.fp32_head is of the vocabulary's head; a scalar head computes in fp32 anyway")
+        return self
 
 
 class RlvrConfig(StageConfig):

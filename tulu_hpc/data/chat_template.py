@@ -238,10 +238,10 @@ class ChatTemplate:
         mark = next(iter(deque(self._special.finditer(text), maxlen=1)), None)
         if mark is None or text[mark.end() :].strip():
             raise MaskProofError(f"{self.name}: no end-of-turn token ends messages[{index}]", text[-40:])
-        at = 0
+        content = message.content.strip()
+        at = self._find(content, text, 0, f"{content!r} of messages[{index}]")
         for call in message.tool_calls:
-            for part in (message.content.strip(), call["name"]):
-                at = self._find(part, text, at, f"{part!r} of messages[{index}]")
+            at = self._find(call["name"], text, at, f"{call['name']!r} of messages[{index}]")
             for value in _leaves(call["arguments"]):
                 self._find(value, text, at, f"the argument {value} of {call['name']} in messages[{index}]")
         return text[: mark.end()]

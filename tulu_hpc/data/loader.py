@@ -88,6 +88,17 @@ def pack_items(
     return [pack([parts[i] for i in members], share=share, multiple=multiple, pad_id=pad_id) for members in bins]
 
 
+def check_sizes(items: Sequence[Item], *, capacity: int, multiple: int = 1, share: bool = True) -> None:
+    """Find items that fit into no pack before a run starts, not in the middle of it.
+
+    Raises:
+        ValueError: as `pack_items`.
+    """
+    capacity = _usable(capacity, multiple)
+    for item in items:
+        split_group(item, capacity, share=share)
+
+
 def _usable(capacity: int, multiple: int) -> int:
     """Rows that may hold tokens, so that a padded pack never exceeds `capacity`."""
     if capacity < multiple:
@@ -178,7 +189,7 @@ class ItemLoader:
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._capacity = _usable(pack_rows, multiple)
         self._multiple, self._share, self._pad_id = multiple, share, pad_id
-        self._check_sizes()
+        check_sizes(items, capacity=pack_rows, multiple=multiple, share=share)
         self._end = math.inf if epochs is None else max(1, round(epochs * len(items)))
         self._step = 0
         self._position = 0
@@ -281,11 +292,6 @@ class ItemLoader:
             generator = torch.Generator().manual_seed(_epoch_seed(self._seed, epoch))
             self._order, self._epoch = torch.randperm(len(self._items), generator=generator).tolist(), epoch
         return self._order[offset]
-
-    def _check_sizes(self) -> None:
-        """Find items that fit into no pack before the run starts, not in the middle of it."""
-        for item in self._items:
-            split_group(item, self._capacity, share=self._share)
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

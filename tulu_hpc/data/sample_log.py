@@ -5,7 +5,8 @@ that no sample was left out or seen twice.
     {run.dir}/samples/from_00000000_dp_00000.jsonl    {"step": 1, "batch": 16, "ids": [...]} of one rank, one start
 
 A line is taken from the packs that were trained on, not from the plan that made them. What a start wrote beyond the
-checkpoint that the next start continues from is removed by that next start: those steps are done again.
+checkpoint that the next start continues from is removed by that next start: those steps are done again. A step that was
+left out as a spike of the gradient norm has `"left_out": true`.
 """
 
 from __future__ import annotations
@@ -21,19 +22,24 @@ ITEMS = "items.txt"
 
 
 class SampleAuditError(ValueError):
-    """The log does not show every sample once per epoch."""
+    """The log does not show every sample once per epoch, or is of other data."""
 
 
-def begin(directory: Path, item_ids: Sequence[str], *, resume_step: int) -> None:
+def begin(directory: Path, item_ids: Sequence[str], *, resume_step: int) -> bool:
     """Prepare the directory for a start at `resume_step` (steps done so far). One process calls it, before the others
     open their logs.
+
+    Returns:
+        Whether a log is to be kept: not for a run whose first steps were not logged, which could prove nothing.
 
     Raises:
         SampleAuditError: the directory belongs to other data.
     """
+    file = directory / ITEMS
+    if resume_step and not file.is_file():
+        return False
     directory.mkdir(parents=True, exist_ok=True)
     text = "".join(f"{each}\n" for each in item_ids)
-    file = directory / ITEMS
     if file.is_file():
         if file.read_text() != text:
             raise SampleAuditError(f"{file}: holds the ids of other data; remove {directory} or give another run.dir")
@@ -44,6 +50,7 @@ def begin(directory: Path, item_ids: Sequence[str], *, resume_step: int) -> None
         kept = [line for line in lines if (row := _row(line)) is not None and row["step"] <= resume_step]
         if len(kept) < len(lines):
             _replace(log, "".join(kept)) if kept else log.unlink()
+    return True
 
 
 class SampleLog:
@@ -61,10 +68,12 @@ class SampleLog:
         if self._stream is not None:
             self._stream.close()
 
-    def write(self, step: int, ids: Sequence[str], *, batch: int) -> None:
-        """Note the samples of one rank's packs; `batch` is the size of the global batch."""
+    def write(self, step: int, ids: Sequence[str], *, batch: int, left_out: bool = False) -> None:
+        """Note the samples of one rank's packs; `batch` is the size of the global batch, `left_out`: nothing was learnt
+        from it."""
         if self._stream is not None:
-            self._stream.write(json.dumps({"step": step, "batch": batch, "ids": list(ids)}) + "\n")
+            row = {"step": step, "batch": batch, "ids": list(ids)}
+            self._stream.write(json.dumps({**row, "left_out": True} if left_out else row) + "\n")
             self._stream.flush()
 
 
@@ -73,7 +82,8 @@ class SampleAudit:
     """What a complete log shows.
 
     steps: optimizer steps. samples: samples trained on, repetitions counted. items: size of the data set.
-    least, most: how often a sample of the data set was seen.
+    least, most: how often a sample of the data set was seen. left_out: samples of steps that were left out as spikes,
+        also counted in the others.
     """
 
     steps: int
@@ -81,10 +91,12 @@ class SampleAudit:
     items: int
     least: int
     most: int
+    left_out: int = 0
 
     def __str__(self) -> str:
         often = f"{self.least} times" if self.least == self.most else f"{self.least} or {self.most} times"
-        return f"{self.steps} steps trained on {self.samples} samples: each of {self.items} was seen {often}"
+        text = f"{self.steps} steps trained on {self.samples} samples: each of {self.items} was seen {often}"
+        return f"{text}; {self.left_out} of them in steps left out as spikes" if self.left_out else text
 
 
 def audit(directory: Path) -> SampleAudit:
@@ -108,7 +120,7 @@ def audit(directory: Path) -> SampleAudit:
             if (row := _row(line)) is None:
                 raise SampleAuditError(f"{log}:{number}: is cut off; the run was killed and not continued")
             steps.setdefault(row["step"], []).append(row)
-    items, taken, epochs = known.total(), 0, 0
+    items, taken, epochs, left_out = known.total(), 0, 0, 0
     seen: Counter[str] = Counter()
     for expected, step in enumerate(sorted(steps), 1):
         if step != expected:
@@ -121,11 +133,12 @@ def audit(directory: Path) -> SampleAudit:
             raise SampleAuditError(f"{directory}: step {step} trained on {unknown}, which is not in the data")
         seen.update(ids)
         taken += len(ids)
+        left_out += sum(len(row["ids"]) for row in steps[step] if row.get("left_out"))
         if taken // items > epochs:
             epochs = taken // items
             _check_counts(directory, known, seen, taken, step)
     _check_counts(directory, known, seen, taken, len(steps))
-    return SampleAudit(len(steps), taken, items, taken // items, -(-taken // items))
+    return SampleAudit(len(steps), taken, items, taken // items, -(-taken // items), left_out)
 
 
 def _check_counts(directory: Path, known: Counter[str], seen: Counter[str], taken: int, step: int) -> None:

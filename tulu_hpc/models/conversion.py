@@ -19,8 +19,9 @@ import torch
 import xxhash
 
 from tulu_hpc.models import torch_dist_files
+from tulu_hpc.models.checksums import file_entry
 from tulu_hpc.models.companions import copy_companions, write_config
-from tulu_hpc.models.conversion_job import ConversionError, Note, checksum, identity, staged, write_files
+from tulu_hpc.models.conversion_job import ConversionError, Note, identity, staged, write_files
 from tulu_hpc.models.model_files import (
     CHECKPOINT,
     FORMAT,
@@ -280,6 +281,6 @@ def _finish(
     written = {*names, RECORD}  # the record itself may be there, from a start that was killed after writing it
     for file in sorted(staging.iterdir()):
         if file.is_file() and file.name not in written:
-            record["files"][file.name] = checksum(file)
+            record["files"][file.name] = file_entry(file)
     (staging / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     return record

@@ -24,8 +24,8 @@ from typing import Any
 
 import xxhash
 
+from tulu_hpc.models.checksums import file_entry
 from tulu_hpc.models.safetensors_files import sync_to_disk
-from tulu_hpc.models.stored_tensors import BLOCK_BYTES
 
 PROGRESS, PLAN = "progress", "plan.json"
 
@@ -35,16 +35,6 @@ Write = Callable[[Any], object]
 
 class ConversionError(ValueError):
     """A conversion cannot be done or its result is not right; the message names file and tensor."""
-
-
-def checksum(file: Path) -> dict[str, Any]:
-    """Size in bytes and xxh3-128 of a file."""
-    digest = xxhash.xxh3_128()
-    buffer = bytearray(BLOCK_BYTES)
-    with file.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return {"size": file.stat().st_size, "xxh3": digest.hexdigest()}
 
 
 def write_files(
@@ -108,7 +98,7 @@ def _kept(staging: Path, name: str) -> Note | None:
         note: Note = json.loads((staging / PROGRESS / f"{name}.json").read_text())
     except (OSError, ValueError):
         return None
-    if not (staging / name).is_file() or checksum(staging / name) != note["file"]:
+    if not (staging / name).is_file() or file_entry(staging / name) != note["file"]:
         return None
     return note
 

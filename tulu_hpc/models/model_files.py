@@ -15,7 +15,8 @@ import torch
 
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.models import safetensors_layout, torch_dist_files
-from tulu_hpc.models.conversion_job import ConversionError, Note, checksum
+from tulu_hpc.models.checksums import file_entry
+from tulu_hpc.models.conversion_job import ConversionError, Note
 from tulu_hpc.models.names import SCORE
 from tulu_hpc.models.scalar_head import Head
 from tulu_hpc.models.stored_tensors import StoredTensor
@@ -120,6 +121,6 @@ def verify_files(path: Path, names: Sequence[str] | None = None) -> Mapping[str,
     for name in wanted if names is None else names:
         if not (path / name).is_file():
             problems[name] = "missing"
-        elif (found := checksum(path / name)) != wanted[name]:
+        elif (found := file_entry(path / name)) != wanted[name]:
             problems[name] = f"{found} does not match {RECORD}'s {wanted[name]}"
     return problems

@@ -95,7 +95,7 @@ def run(
     groups, architecture = training_run.join(config.model_copy(update={"model": model}))
     if layers is not None and layers < architecture.num_hidden_layers:
         model, architecture = first_layers(model, architecture, layers, output / "model", groups)
-    audited = config.model_copy(update={"model": model})
+    audited = comparable(config.model_copy(update={"model": model}))
     run = Run("audit", audited, groups, RunDirectory(output), architecture)
     items, pad_id = sample(run, audited, rows, max_tokens)
     truth = one_process_truth(run, audited, items)
@@ -114,6 +114,16 @@ def run(
         if layers is not None:
             shutil.rmtree(output / "model", ignore_errors=True)
     return certificate
+
+
+def comparable(config: AuditedConfig) -> AuditedConfig:
+    """The file without what Hugging Face's side has no counterpart of: drawn noise, gradients below the dtype."""
+    changes: dict[str, Any] = {}
+    if config.model.dtype == "float32":
+        changes["optimizer"] = config.optimizer.model_copy(update={"gradient_dtype": "float32"})
+    if isinstance(config, SftConfig):
+        changes["sft"] = config.sft.model_copy(update={"neftune_alpha": 0.0})
+    return config.model_copy(update=changes)
 
 
 def first_layers(

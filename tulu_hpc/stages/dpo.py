@@ -60,7 +60,8 @@ def run(config: DpoConfig) -> Path:
 
     def make_loss(data: StepData) -> LossFn:
         if resident is not None:
-            reference.add_sums(data.packs, resident)
+            with trainer.clock.phase("forward"):
+                reference.add_sums(data.packs, resident)
         return batch_loss(run, config, data, names)
 
     training_run.fit(run, trainer, loader, make_loss)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tulu_hpc.config.schema import RewardModelConfig
-from tulu_hpc.data.loader import StepData
+from tulu_hpc.data.loader import StepData, check_sizes
 from tulu_hpc.data.packed_batch import Item
 from tulu_hpc.data.readout import with_readout
 from tulu_hpc.models.scalar_head import RowValues
@@ -19,7 +19,7 @@ from tulu_hpc.parallel.context import RankBatch
 from tulu_hpc.stages import training_run
 from tulu_hpc.stages.training_run import Run
 from tulu_hpc.training.pair_sums import PackOptions, compute_sums, item_key
-from tulu_hpc.training.runner import LossFn, target_values
+from tulu_hpc.training.runner import LossFn, row_multiple, target_values
 from tulu_hpc.training.trainer import Trainer
 
 
@@ -30,6 +30,7 @@ def run(config: RewardModelConfig) -> Path:
 
     Raises:
         ConfigError, RecordError, LayoutError: naming the key, file, line or rank.
+        ValueError: a pair, also a held-out one, that fits into no pack.
         Preempted: the run was asked to stop; its state is saved.
     """
     run = training_run.open_run(config, "rm")
@@ -41,6 +42,8 @@ def run(config: RewardModelConfig) -> Path:
     if config.rm.eval_path:
         pairs, _ = training_run.load_items(run, "preference", config.rm.eval_path)
         held_out = [with_readout(item) for item in pairs]
+        multiple = row_multiple(run.groups.layout, config.parallel.context_split)
+        check_sizes(held_out, capacity=config.train.pack_rows, multiple=multiple, share=config.train.prefix_sharing)
     loader = training_run.make_loader(run, items, pad_id=pad_id)
     trainer = training_run.make_trainer(run, total_steps=loader.num_steps, head="value")
     training_run.resume(run, trainer, loader)

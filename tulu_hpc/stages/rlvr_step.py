@@ -296,6 +296,7 @@ def update_metrics(results: Sequence[StepResult], planned: int) -> dict[str, flo
         metrics[f"train/{name.removeprefix('policy/')}"] = _mean(values)
     metrics["train/grad_norm"] = _mean([each.grad_norm for each in results])
     metrics["train/lr"] = results[-1].lr
+    metrics["train/skipped_steps"] = results[-1].skipped_steps
     metrics["train/tokens"] = sum(each.targets for each in results)
     return metrics
 

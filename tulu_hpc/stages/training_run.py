@@ -20,7 +20,7 @@ from tulu_hpc.data.chat_template import ChatTemplate
 from tulu_hpc.data.flops import forward_flops, item_work
 from tulu_hpc.data.loader import ItemLoader, StepData
 from tulu_hpc.data.packed_batch import Item
-from tulu_hpc.data.sample_log import SampleLog
+from tulu_hpc.data.sample_log import SampleAuditError, SampleLog
 from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.models.convert import save_hf
 from tulu_hpc.models.scalar_head import Head
@@ -252,13 +252,14 @@ def fit(
                     loss = make_loss(data)
                 result = train_step(trainer, data.packs, loss, stop_requested=stop.pending())
                 marks = clock.stop()
-            samples.write(result.step, [i for pack in data.packs for i in pack.item_ids], batch=data.num_items_global)
+            ids = [i for pack in data.packs for i in pack.item_ids]
+            samples.write(result.step, ids, batch=data.num_items_global, left_out=result.skipped)
             throughput.add(result, marks)
             evaluated = evaluate(result.step)
             if result.step % train.log_every == 0 or result.step == total or evaluated:
                 logger.log(result.step, {**_metrics(result), **throughput.metrics(), **evaluated})
             progress.update(result.step, tokens=result.rows, loss=f"{result.loss:.7f}", lr=result.lr)
-            saver.observe({**_named(result), **evaluated})
+            saver.observe({**_named(result), **evaluated}, known=[_name(each) for each in trainer.metric_names])
             saver.poll()
             last = result.step == total
             if last or result.stop_requested or (train.save_every and result.step % train.save_every == 0):
@@ -269,14 +270,26 @@ def fit(
 
 
 def open_sample_log(run: Run, loader: ItemLoader, step: int) -> SampleLog:
-    """This process's log of the samples it trains on; one process per data-parallel rank writes. Collective."""
+    """This process's log of the samples it trains on; one process per data-parallel rank writes. Collective.
+
+    Raises:
+        SampleAuditError: on every rank; the log is of other data, or cannot be written.
+    """
     groups, folder = run.groups, run.directory.samples
     assert not isinstance(run.config, RlvrConfig)  # keeps its samples itself
-    enabled = run.config.train.sample_log
-    if enabled and groups.is_main:
-        sample_log.begin(folder, loader.item_ids, resume_step=step)
-    groups.barrier()
-    writes = enabled and groups.tp_rank == groups.cp_rank == groups.pp_rank == 0
+    wanted = run.config.train.sample_log
+    kept, failure = wanted, None
+    if wanted and groups.is_main:
+        try:
+            kept = sample_log.begin(folder, loader.item_ids, resume_step=step)
+        except (OSError, SampleAuditError) as error:
+            failure = str(error)
+    kept, failure = groups.broadcast_object((kept, failure))
+    if failure:
+        raise SampleAuditError(failure)
+    if wanted and not kept:
+        run.say(f"no sample log: the first {step} steps of this run were made without one")
+    writes = kept and groups.tp_rank == groups.cp_rank == groups.pp_rank == 0
     return SampleLog(folder, dp_rank=groups.dp_rank, resume_step=step, enabled=writes)
 
 
@@ -327,9 +340,9 @@ def finish(run: Run, trainer: Trainer) -> Path:
             dtype=DTYPES[config.model.dtype],
             chat_template=exported_template(config) if run.groups.is_main else None,
         )
+    if not isinstance(config, RlvrConfig) and config.train.sample_log:
+        audit_samples(run)
     if run.groups.is_main:
-        if not isinstance(config, RlvrConfig) and config.train.sample_log:
-            run.say(str(sample_log.audit(run.directory.samples)))
         exported = sorted(file.name for file in run.directory.hf.iterdir()) if config.train.export_hf else []
         mark = run.directory.root / FINISHED
         partial = mark.with_suffix(".partial")
@@ -340,6 +353,25 @@ def finish(run: Run, trainer: Trainer) -> Path:
     return run.directory.root
 
 
+def audit_samples(run: Run) -> None:
+    """Say what the sample log proves, if there is one. Collective.
+
+    Raises:
+        SampleAuditError: on every rank; a sample was left out or seen twice.
+    """
+    failure = None
+    if run.groups.is_main and (run.directory.samples / sample_log.ITEMS).is_file():
+        try:
+            run.say(str(sample_log.audit(run.directory.samples)))
+        except SampleAuditError as error:
+            failure = str(error)
+    if failure := run.groups.broadcast_object(failure):
+        raise SampleAuditError(
+            f"{failure}; checkpoints and export are there, start again without {run.directory.samples} to finish the "
+            "run without this proof"
+        )
+
+
 def exported_template(config: TrainingConfig) -> str | None:
     """The template trained with, where it is not the tokenizer's own: who loads the export must prompt by it."""
     tokenizer = load_tokenizer(config.model.path)
@@ -348,9 +380,13 @@ def exported_template(config: TrainingConfig) -> str | None:
 
 
 def _named(result: StepResult) -> dict[str, float]:
-    """A step's metrics by name: an objective's `loss` is `train/loss`, names with a room of their own stay."""
-    named = {name if "/" in name else f"train/{name}": value for name, value in result.metrics.items()}
-    return {**named, "train/grad_norm": result.grad_norm}
+    """A step's metrics by name."""
+    return {**{_name(name): value for name, value in result.metrics.items()}, "train/grad_norm": result.grad_norm}
+
+
+def _name(name: str) -> str:
+    """An objective's `loss` is `train/loss`, names with a room of their own stay."""
+    return name if "/" in name else f"train/{name}"
 
 
 def _metrics(result: StepResult) -> dict[str, float]:

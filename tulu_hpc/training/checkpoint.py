@@ -18,11 +18,12 @@ import xxhash
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from tulu_hpc.models.checksums import Entry, file_entry
 from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.training import determinism, optimizer_form
 from tulu_hpc.training.optimizer import optimizer_step, unshare_steps
 from tulu_hpc.training.retention import STATE, remove_leftovers, set_aside, valid_steps
-from tulu_hpc.training.snapshot import FORMAT, MANIFEST, Entry, file_entry
+from tulu_hpc.training.snapshot import FORMAT, MANIFEST
 from tulu_hpc.training.trainer import Trainer
 
 
@@ -86,7 +87,9 @@ def load(trainer: Trainer, path: Path) -> tuple[int, dict[str, Any]]:
     other_form = optimizer_form.saved_by_distributed(path) != distributed
     bf16 = trainer.optimizer.chained_optimizers[0].config.bf16
     if other_form:
-        optimizer_form.ask_for_other(request["optimizer"], distributed=distributed, bf16=bf16)
+        optimizer_form.ask_for_other(
+            request["optimizer"], distributed=distributed, bf16=bf16, sgd=optimizer_form.is_sgd(trainer.optimizer)
+        )
     loaded = dist_checkpointing.load(request, str(path))
     for index, model in enumerate(trainer.models):
         model.load_state_dict(loaded[f"model{index}"])

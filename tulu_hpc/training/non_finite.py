@@ -146,10 +146,14 @@ def raise_non_finite(
     where = ""
     if directory is not None:
         path = directory / DIRECTORY / f"step_{step}.json"
-        if groups.is_main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(report, indent=1) + "\n")
         where = f"; all that is known: {path}"
+        if groups.is_main:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(report, indent=1) + "\n")
+            except OSError as error:  # the other ranks raise what follows, and so must this one
+                where = f"; {path} cannot be written: {error.strerror}"
+        where = groups.broadcast_object(where)
     raise NonFiniteError(f"step {step}: {describe(report)}{where}", report)
 
 

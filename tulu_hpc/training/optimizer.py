@@ -182,7 +182,7 @@ def optimizer_step(optimizer: ChainedOptimizer) -> int:
 
 
 def use_torch_optimizer() -> None:
-    """Make megatron build torch's optimizers whatever else is installed, and repair its checkpoints (2, 3, 5 and 6).
+    """Make megatron build torch's optimizers whatever else is installed, and repair its checkpoints (2, 3, 5 and 7).
 
     The fused Adams of Transformer Engine and Apex keep no `step` per parameter: the state that `create_state` makes and
     the checkpoints of this module would not fit them.

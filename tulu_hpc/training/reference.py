@@ -17,6 +17,7 @@ from pathlib import Path
 import xxhash
 
 from tulu_hpc.data.packed_batch import Item, PackedBatch
+from tulu_hpc.models.checksums import file_entry
 from tulu_hpc.models.model_files import is_imported, read_record
 from tulu_hpc.objectives.terms import sequence_sums
 from tulu_hpc.parallel.layout import Groups
@@ -45,17 +46,9 @@ def weights_fingerprint(path: Path, groups: Groups, *, dtype: str) -> str:
     if not files:
         raise ReferenceError(f"{path}: no *.safetensors file")
     names = ["config.json", *files]
-    mine = {name: _file_hash(path / name) for name in names[groups.rank :: groups.world_size]}
+    mine = {name: file_entry(path / name)["xxh3"] for name in names[groups.rank :: groups.world_size]}
     hashes = {name: entry for share in groups.all_gather_object(mine) for name, entry in share.items()}
     return xxhash.xxh3_128(json.dumps([dtype, [hashes[name] for name in names]]).encode()).hexdigest()
-
-
-def _file_hash(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def attach_reference(

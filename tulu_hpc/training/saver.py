@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from tulu_hpc.training import checkpoint, determinism
 from tulu_hpc.training.preemption import Preempted
 from tulu_hpc.training.retention import STATE, Retention, discard, remove_leftovers
 from tulu_hpc.training.snapshot import FORMAT, Part, Snapshot, free_bytes, reason
-from tulu_hpc.training.step import NonFiniteError
+from tulu_hpc.training.step import NonFiniteError, SpikeError
 from tulu_hpc.training.trainer import Trainer
 
 
@@ -81,24 +81,29 @@ class Saver:
     ) -> None:
         try:
             # All ranks are here together, unless an error has hit some of them only.
-            if kind is None or issubclass(kind, NonFiniteError | Preempted):
+            if kind is None or issubclass(kind, NonFiniteError | SpikeError | MetricError | Preempted):
                 self.wait()
         finally:
             self._pool.shutdown()
 
-    def observe(self, metrics: Mapping[str, float]) -> None:
+    def observe(self, metrics: Mapping[str, float], *, known: Collection[str] = ()) -> None:
         """Note the metrics of a step, for choosing the best checkpoint.
 
+        Args:
+            known: names of metrics that the step may have had nothing to count for (a source that is not in it).
+
         Raises:
-            MetricError: the chosen metric is not among those of a step with an update; with the names there are. Those
-                of `eval/` come at some steps only.
+            MetricError: the chosen metric is not among those of a step with an update (`eval/`: of a step with an
+                evaluation) and is not known; with the names there are.
         """
         name = self._retention.metric
         if name is None:
             return
         if name in metrics:
             self._values.append(float(metrics[name]))
-        elif "train/grad_norm" in metrics and not name.startswith("eval/"):
+            return
+        mark = "eval/" if name.startswith("eval/") else "train/grad_norm"
+        if name not in known and any(each.startswith(mark) for each in metrics):
             raise MetricError(f"train.best_metric = {name}: there is no such metric; there are {', '.join(metrics)}")
 
     def save(self, extra: dict[str, Any], *, wait: bool = False) -> None:

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
-import xxhash
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
@@ -34,6 +33,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper
 
+from tulu_hpc.models.checksums import Entry, file_entry
 from tulu_hpc.models.safetensors_files import sync_to_disk
 from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.layout import Groups
@@ -42,7 +42,6 @@ MANIFEST, TORCH_METADATA = "manifest.json", ".metadata"
 FORMAT = 3
 # Of torch.save around each tensor, and its lines in .metadata; 1,550 measured.
 _RECORD_BYTES = 1600
-Entry = dict[str, Any]  # of the manifest: {"size": bytes, "xxh3": hex digest}
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):
@@ -200,20 +199,6 @@ def write_file(file: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def file_entry(file: Path) -> Entry:
-    """Size and xxh3-128 of a file.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    digest, size = xxhash.xxh3_128(), 0
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-            size += len(block)
-    return {"size": size, "xxh3": digest.hexdigest()}
 
 
 def reason(error: BaseException) -> str:
