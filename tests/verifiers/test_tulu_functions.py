@@ -41,7 +41,7 @@ ROWS = [
     ("validate_choice", {"options": ["yes", "no"]}, "Yes.", 1, 0),
     ("validate_choice", {"options": ["yes", "no"]}, "", 0, 1),
     ("validate_highlighted_sections", {"N": 1}, "*a*", 1, 1),
-    ("validate_highlighted_sections", {"N": 2}, "**a**", 1, 1),
+    ("validate_highlighted_sections", {"N": 2}, "**a**", 0, 1),
     ("validate_highlighted_sections", {"N": 1}, "* *", 0, 1),
     ("validate_sections", {"N": 2, "section_splitter": "Part"}, "Part 1\na\nPart 2\nb", 1, 1),
     ("validate_sections", {"N": 2, "section_splitter": "Part"}, "Intro\nPart 1\na\nPart 2\nb", 1, 0),
