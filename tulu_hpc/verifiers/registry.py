@@ -32,13 +32,31 @@ class Verdict:
 Verifier = Callable[[str, Any, Mapping[str, Any]], Verdict]  # (completion, ground truth, record)
 Check = Callable[[Any], None]  # raises ValueError for a ground truth that the verifier cannot use
 
-_VERIFIERS: dict[tuple[str, str], tuple[Verifier, Check | None]] = {}
+Prepare = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered verifier."""
+
+    verifier: Verifier
+    check: Check | None
+    prepare: Prepare | None
+
+
+_VERIFIERS: dict[tuple[str, str], Entry] = {}
 
 
 def register(
-    name: str, *, rules: Sequence[str] = RULE_SETS, check: Check | None = None
+    name: str, *, rules: Sequence[str] = RULE_SETS, check: Check | None = None, prepare: Prepare | None = None
 ) -> Callable[[Verifier], Verifier]:
     """Decorator: make a verifier available under `name` (case does not matter) in the given rule sets.
+
+    Args:
+        name: what records give in `dataset`.
+        rules: rule sets that it belongs to.
+        check: raises ValueError for a ground truth that the verifier cannot use.
+        prepare: slow imports; a worker calls it once, before the clock of its first verdict starts.
 
     Raises:
         ValueError: unknown rule set, or the name is taken.
@@ -50,7 +68,7 @@ def register(
             key = (rule_set, name.lower())
             if key in _VERIFIERS:
                 raise ValueError(f"verifier {name!r} is already registered in {rule_set!r}")
-            _VERIFIERS[key] = (verifier, check)
+            _VERIFIERS[key] = Entry(verifier, check, prepare)
         return verifier
 
     return add
@@ -69,9 +87,18 @@ def check_record(record: Mapping[str, Any], rules: str = "fixed") -> None:
         ValueError: naming the field, the unknown verifier, or what is wrong with the ground truth.
     """
     for name, truth in _tasks_of(record):
-        check = _lookup(name, rules)[1]
+        check = _lookup(name, rules).check
         if check is not None:
             check(truth)
+
+
+def preparations(record: Mapping[str, Any], rules: str) -> list[Prepare]:
+    """What a worker must call before it verifies a record, once per function; nothing for a record that is wrong."""
+    try:
+        entries = [_lookup(name, rules) for name, _ in _tasks_of(record)]
+    except ValueError:  # `verify` says so
+        return []
+    return [entry.prepare for entry in entries if entry.prepare is not None]
 
 
 def verify(record: Mapping[str, Any], completion: str, rules: str = "fixed") -> Verdict:
@@ -88,7 +115,7 @@ def verify(record: Mapping[str, Any], completion: str, rules: str = "fixed") -> 
     """
     verdicts: list[tuple[str, Verdict]] = []
     for name, truth in _tasks_of(record):
-        verdict = _lookup(name, rules)[0](completion, truth, record)
+        verdict = _lookup(name, rules).verifier(completion, truth, record)
         if not (math.isfinite(verdict.score) and 0.0 <= verdict.score <= 1.0):
             raise ValueError(f"verifier {name!r} gave the score {verdict.score}, outside [0, 1]")
         verdicts.append((name, verdict))
@@ -117,7 +144,7 @@ def _tasks_of(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return list(zip(names, truths, strict=True))
 
 
-def _lookup(name: str, rules: str) -> tuple[Verifier, Check | None]:
+def _lookup(name: str, rules: str) -> Entry:
     _require_rules(rules)
     found = _VERIFIERS.get((rules, name.lower()))
     if found is None:

@@ -253,6 +253,9 @@ class VerifierPool:
             worker.ready = reply == {"ready": True}
             self._failed_starts = 0
             return worker.ready
+        if worker.owed and reply.keys() == {"preparing"}:
+            worker.deadline = time.monotonic() + (self.start_seconds if reply["preparing"] is True else self.timeout)
+            return True
         if not worker.owed or reply.get("index") != worker.answered:
             return False
         if "error" in reply:

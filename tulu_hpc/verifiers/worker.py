@@ -2,12 +2,14 @@
 
 Frames on stdin and stdout are a 4-byte big-endian length and JSON. The worker first sends `{"ready": true}`; then each
 request `{"rules": ..., "tasks": [[record, completion], ...]}` is answered by one frame per task, in order:
-`{"index": i, "score": ..., "reason": ..., "metrics": {...}}` or `{"index": i, "error": ...}`.
+`{"index": i, "score": ..., "reason": ..., "metrics": {...}}` or `{"index": i, "error": ...}`. Around slow imports of a
+verifier stand `{"preparing": true}` and `{"preparing": false}`: they do not count as time of the verdict.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import importlib
 import json
@@ -17,7 +19,7 @@ import struct
 import sys
 from typing import Any, BinaryIO
 
-from tulu_hpc.verifiers.registry import verify
+from tulu_hpc.verifiers.registry import Prepare, preparations, verify
 
 HEADER = struct.Struct(">I")
 REASON_CHARACTERS = 500
@@ -72,6 +74,24 @@ def _answer(index: int, record: dict[str, Any], completion: str, rules: str) -> 
     }
 
 
+def _prepare(record: dict[str, Any], rules: str, done: set[Prepare], sink: BinaryIO) -> None:
+    """Call what the record's verifiers want prepared; a failure shows again in the verdict."""
+    missing = [prepare for prepare in preparations(record, rules) if prepare not in done]
+    if not missing:
+        return
+    _send(sink, {"preparing": True})
+    for prepare in missing:
+        with contextlib.suppress(Exception):
+            prepare()
+        done.add(prepare)
+    _send(sink, {"preparing": False})
+
+
+def _send(sink: BinaryIO, message: Any) -> None:
+    sink.write(encode_frame(message))
+    sink.flush()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--parent", type=int, required=True)
@@ -89,12 +109,12 @@ def main() -> None:
         importlib.import_module(module)
     if arguments.memory_mib:
         limit_memory(arguments.memory_mib)
-    sink.write(encode_frame({"ready": True}))
-    sink.flush()
+    _send(sink, {"ready": True})
+    prepared: set[Prepare] = set()
     while (request := read_frame(source)) is not None:
         for index, (record, completion) in enumerate(request["tasks"]):
-            sink.write(encode_frame(_answer(index, record, completion, request["rules"])))
-            sink.flush()
+            _prepare(record, request["rules"], prepared, sink)
+            _send(sink, _answer(index, record, completion, request["rules"]))
 
 
 if __name__ == "__main__":
