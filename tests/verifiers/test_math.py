@@ -169,7 +169,7 @@ def test_compat_verdicts():
     assert score("7", "7") == 1.0  # the whole text
     assert score(r"\boxed{(1,2)}", "(1, 2)") == 1.0  # by string
     assert score(r"\boxed{2,1}", "1,2") == 0.0
-    assert score(r"\boxed{1,000}", "1000") == 0.0
+    assert score(r"\boxed{1,000}", "1000") == 1.0
 
 
 def test_compat_without_its_parser_says_so(monkeypatch):

@@ -316,6 +316,11 @@ class VerifierSection(Section):
         default="fixed", description="`tulu3-compat` scores as the code behind the paper did, its mistakes included."
     )
     modules: list[str] = Field(default_factory=list, description="Python modules that register further verifiers.")
+    grants: list[Literal["files", "network", "processes"]] = Field(
+        default_factory=list,
+        description="What verifiers may do beyond reading files and computing: programs (`code`) need `processes`, "
+        "judges `network`, writing files `files`.",
+    )
     max_lost_share: float = Field(
         default=0.5, gt=0, le=1, description="Stop when more of a step's (or suite's) verdicts than this are lost."
     )

@@ -55,7 +55,13 @@ def open_verifiers(verifier: VerifierSection, groups: Groups, stack: ExitStack) 
     """The pool of a replica, on its leader (None elsewhere); its workers end with `stack`."""
     if not is_replica_leader(groups):
         return None
-    pool = VerifierPool(verifier.workers, verifier.timeout_seconds, rules=verifier.rules, modules=verifier.modules)
+    pool = VerifierPool(
+        verifier.workers,
+        verifier.timeout_seconds,
+        rules=verifier.rules,
+        modules=verifier.modules,
+        grants=verifier.grants,
+    )
     return stack.enter_context(pool)
 
 
@@ -111,7 +117,7 @@ def load_prompts(
     template = ChatTemplate.load(data.chat_template, tokenizer)
 
     def verifiable(record: RlvrRecord) -> None:
-        check_record(verifier_record(record), verifier.rules)
+        check_record(verifier_record(record), verifier.rules, verifier.grants)
 
     prompts: list[Prompt] = []
     for path in data.path:

@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 RULE_SETS = ("fixed", "tulu3-compat")
+GRANTS = ("files", "network", "processes")  # what a worker may do beyond reading and computing
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,19 @@ class Entry:
     verifier: Verifier
     check: Check | None
     prepare: Prepare | None
+    needs: frozenset[str]
 
 
 _VERIFIERS: dict[tuple[str, str], Entry] = {}
 
 
 def register(
-    name: str, *, rules: Sequence[str] = RULE_SETS, check: Check | None = None, prepare: Prepare | None = None
+    name: str,
+    *,
+    rules: Sequence[str] = RULE_SETS,
+    check: Check | None = None,
+    prepare: Prepare | None = None,
+    needs: Sequence[str] = (),
 ) -> Callable[[Verifier], Verifier]:
     """Decorator: make a verifier available under `name` (case does not matter) in the given rule sets.
 
@@ -57,10 +64,12 @@ def register(
         rules: rule sets that it belongs to.
         check: raises ValueError for a ground truth that the verifier cannot use.
         prepare: slow imports; a worker calls it once, before the clock of its first verdict starts.
+        needs: grants without which it cannot work, of `GRANTS`.
 
     Raises:
-        ValueError: unknown rule set, or the name is taken.
+        ValueError: unknown rule set or grant, or the name is taken.
     """
+    require_grants(needs)
 
     def add(verifier: Verifier) -> Verifier:
         for rule_set in rules:
@@ -68,7 +77,7 @@ def register(
             key = (rule_set, name.lower())
             if key in _VERIFIERS:
                 raise ValueError(f"verifier {name!r} is already registered in {rule_set!r}")
-            _VERIFIERS[key] = Entry(verifier, check, prepare)
+            _VERIFIERS[key] = Entry(verifier, check, prepare, frozenset(needs))
         return verifier
 
     return add
@@ -80,16 +89,23 @@ def verifier_names(rules: str = "fixed") -> list[str]:
     return sorted(name for rule_set, name in _VERIFIERS if rule_set == rules)
 
 
-def check_record(record: Mapping[str, Any], rules: str = "fixed") -> None:
+def check_record(record: Mapping[str, Any], rules: str = "fixed", grants: Collection[str] | None = None) -> None:
     """Refuse a record that cannot be verified, before any time is spent on it.
 
+    Args:
+        record: as for `verify`.
+        rules: rule set.
+        grants: what the workers will be allowed; None to leave that open.
+
     Raises:
-        ValueError: naming the field, the unknown verifier, or what is wrong with the ground truth.
+        ValueError: naming the field, the unknown verifier, the missing grant, or what is wrong with the ground truth.
     """
     for name, truth in _tasks_of(record):
-        check = _lookup(name, rules).check
-        if check is not None:
-            check(truth)
+        entry = _lookup(name, rules)
+        if grants is not None and (missing := sorted(entry.needs - set(grants))):
+            raise ValueError(f"verifier {name!r} needs verifier.grants: [{', '.join(missing)}]")
+        if entry.check is not None:
+            entry.check(truth)
 
 
 def preparations(record: Mapping[str, Any], rules: str) -> list[Prepare]:
@@ -150,6 +166,12 @@ def _lookup(name: str, rules: str) -> Entry:
     if found is None:
         raise ValueError(f"unknown verifier {name!r} in rule set {rules!r}; known: {', '.join(verifier_names(rules))}")
     return found
+
+
+def require_grants(grants: Collection[str]) -> None:
+    """Refuse an unknown grant."""
+    if unknown := sorted(set(grants) - set(GRANTS)):
+        raise ValueError(f"unknown grants {unknown}; known: {', '.join(GRANTS)}")
 
 
 def _require_rules(rules: str) -> None:

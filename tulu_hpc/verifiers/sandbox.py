@@ -2,7 +2,8 @@
 
 The clock is the parent's: a verdict that takes longer than its time costs its worker's life and scores 0. So do a
 worker's exit, an answer that is no frame, and one that is too long; an exception scores 0 and leaves the worker alive.
-Everything is counted. A worker is its own session, and with it go the children it left in its process group.
+Everything is counted. A worker is its own session, and with it go the children it left in its process group. On Linux
+it has neither root's powers nor system calls to write files, use the network or start processes, unless granted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tulu_hpc.verifiers.registry import RULE_SETS, Verdict
+from tulu_hpc.verifiers.registry import RULE_SETS, Verdict, require_grants
 from tulu_hpc.verifiers.worker import HEADER, encode_frame
 
 _TASKS_PER_FRAME = 32
@@ -97,6 +98,7 @@ class VerifierPool:
         *,
         rules: str = "fixed",
         modules: Sequence[str] = (),
+        grants: Sequence[str] = (),
         memory_mib: int = 2048,
         start_seconds: float = 120.0,
     ) -> None:
@@ -107,6 +109,7 @@ class VerifierPool:
             timeout_seconds: wall clock of one verdict.
             rules: rule set of the verifiers, see `registry.RULE_SETS`.
             modules: further modules that a worker imports, e.g. with verifiers of one's own.
+            grants: what workers may do beyond reading files and computing, see `registry.GRANTS`.
             memory_mib: address space of a worker; 0 for no limit.
             start_seconds: how long a worker may take to be ready.
         """
@@ -114,11 +117,13 @@ class VerifierPool:
             raise ValueError(f"a pool needs workers >= 1 and timeout_seconds > 0, got {workers} and {timeout_seconds}")
         if rules not in RULE_SETS:
             raise ValueError(f"unknown rule set {rules!r}; known: {', '.join(RULE_SETS)}")
+        require_grants(grants)
         self.size, self.timeout, self.rules, self.start_seconds = workers, timeout_seconds, rules, start_seconds
         self.stats = PoolStats()
         self._command = [sys.executable, "-m", "tulu_hpc.verifiers.worker", "--parent", str(os.getpid())]
         self._command += ["--memory-mib", str(memory_mib)]
         self._command += [argument for module in modules for argument in ("--module", module)]
+        self._command += [argument for grant in grants for argument in ("--grant", grant)]
         self._environment = {key: os.environ[key] for key in _KEPT_ENVIRONMENT if key in os.environ}
         package_root = str(Path(__file__).resolve().parents[2])
         paths = [package_root, *(path for path in sys.path if path)]

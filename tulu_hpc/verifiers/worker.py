@@ -10,40 +10,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import importlib
 import json
 import os
-import signal
 import struct
 import sys
 from typing import Any, BinaryIO
 
-from tulu_hpc.verifiers.registry import Prepare, preparations, verify
+from tulu_hpc.verifiers.confinement import filters, limits
+from tulu_hpc.verifiers.registry import GRANTS, Prepare, preparations, verify
 
 HEADER = struct.Struct(">I")
 REASON_CHARACTERS = 500
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(parent: int) -> None:
-    """Ask Linux to kill this process when its parent goes (elsewhere the end of stdin has to do).
-
-    A worker that hangs in a verdict does not read, so the end of stdin alone would leave an orphan.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # the parent went before the request
-        os._exit(0)
-
-
-def limit_memory(mebibytes: int) -> None:
-    """Bound the address space, so that a verdict runs out of memory alone."""
-    import resource  # not on every platform
-
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = mebibytes * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def read_frame(stream: BinaryIO) -> Any:
@@ -92,13 +70,23 @@ def _send(sink: BinaryIO, message: Any) -> None:
     sink.flush()
 
 
+def _confine(memory_mib: int, grants: list[str]) -> None:
+    """Bound the address space, so that a verdict runs out of memory alone; on Linux also give up root's powers and all
+    but the granted system calls. Threads stay: numeric libraries start them."""
+    limits.limit_resources(CORE=0, **({"AS": memory_mib << 20} if memory_mib else {}))
+    if sys.platform == "linux":
+        limits.drop_capabilities()
+        filters.install([*grants, "threads"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--memory-mib", type=int, default=0)
     parser.add_argument("--module", action="append", default=[])
+    parser.add_argument("--grant", action="append", default=[], choices=GRANTS)
     arguments = parser.parse_args()
-    die_with_parent(arguments.parent)
+    limits.die_with_parent(arguments.parent)
     # Frames go through private copies: what a verifier prints or reads must not reach the pipes.
     source = os.fdopen(os.dup(0), "rb")
     sink = os.fdopen(os.dup(1), "wb")
@@ -107,8 +95,7 @@ def main() -> None:
         os.dup2(null.fileno(), 1)
     for module in ["tulu_hpc.verifiers", *arguments.module]:
         importlib.import_module(module)
-    if arguments.memory_mib:
-        limit_memory(arguments.memory_mib)
+    _confine(arguments.memory_mib, arguments.grant)
     _send(sink, {"ready": True})
     prepared: set[Prepare] = set()
     while (request := read_frame(source)) is not None:
