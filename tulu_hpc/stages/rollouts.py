@@ -22,6 +22,7 @@ from tulu_hpc.rollout.embedded import EmbeddedEngine
 from tulu_hpc.rollout.engine import Sampling
 from tulu_hpc.rollout.texts import stop_token_ids
 from tulu_hpc.verifiers import Verdict, check_record
+from tulu_hpc.verifiers.judge import JudgeSettings
 from tulu_hpc.verifiers.sandbox import VerifierPool
 
 VerifyTask = tuple[Mapping[str, Any], str]
@@ -61,6 +62,9 @@ def open_verifiers(verifier: VerifierSection, groups: Groups, stack: ExitStack) 
         rules=verifier.rules,
         modules=verifier.modules,
         grants=verifier.grants,
+        judge=JudgeSettings(**verifier.judge.model_dump()) if verifier.judge else None,
+        cache=verifier.cache,
+        cache_folder=verifier.cache_dir,
     )
     return stack.enter_context(pool)
 

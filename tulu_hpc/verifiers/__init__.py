@@ -5,6 +5,7 @@ from tulu_hpc.verifiers import (  # noqa: F401  (importing a module registers it
     gsm8k,
     ifeval,
     json_schema,
+    judge,
     programs,
     strings,
 )

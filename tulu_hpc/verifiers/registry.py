@@ -118,11 +118,12 @@ def preparations(record: Mapping[str, Any], rules: str) -> list[Prepare]:
 
 
 def verify(record: Mapping[str, Any], completion: str, rules: str = "fixed") -> Verdict:
-    """Score one completion of a record; with several verifiers the mean of their scores.
+    """Score one completion of a record; with several verifiers the weighted mean of their scores.
 
     Args:
         record: `dataset` (a name or a list of names) and `ground_truth` (a value, or a list as long as `dataset`);
-            further fields are handed to the verifiers.
+            further fields are handed to the verifiers. `math*3` is the verifier `math` with weight 3 (1 without); one
+            of weight 0 is measured only.
         completion: text of the answer, without prompt and without end-of-text.
         rules: rule set, one of `RULE_SETS`.
 
@@ -130,7 +131,9 @@ def verify(record: Mapping[str, Any], completion: str, rules: str = "fixed") -> 
         ValueError: as `check_record`, or a verifier gave a score outside [0, 1].
     """
     verdicts: list[tuple[str, Verdict]] = []
-    for name, truth in _tasks_of(record):
+    tasks = _tasks_of(record)
+    weights = _weights(record["dataset"])
+    for name, truth in tasks:
         verdict = _lookup(name, rules).verifier(completion, truth, record)
         if not (math.isfinite(verdict.score) and 0.0 <= verdict.score <= 1.0):
             raise ValueError(f"verifier {name!r} gave the score {verdict.score}, outside [0, 1]")
@@ -138,7 +141,8 @@ def verify(record: Mapping[str, Any], completion: str, rules: str = "fixed") -> 
     if len(verdicts) == 1:
         return verdicts[0][1]
     metrics = {f"{name}/{key}": value for name, verdict in verdicts for key, value in verdict.metrics.items()}
-    score = sum(verdict.score for _, verdict in verdicts) / len(verdicts)
+    metrics |= {f"{name}/score": verdict.score for name, verdict in verdicts}
+    score = sum(weight * verdict.score for weight, (_, verdict) in zip(weights, verdicts, strict=True)) / sum(weights)
     return Verdict(score, "; ".join(f"{name}: {verdict.reason}" for name, verdict in verdicts), metrics)
 
 
@@ -150,14 +154,35 @@ def _tasks_of(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
     if isinstance(names, str):
         # One verifier: a list is its own ground truth, unless it only wraps the value.
         wrapped = isinstance(truths, list) and len(truths) == 1
-        return [(names, truths[0] if wrapped else truths)]
+        return [(_name(names), truths[0] if wrapped else truths)]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"field 'dataset' must be a name or a list of names, got {names!r}")
     if not isinstance(truths, list) or len(truths) != len(names):
         raise ValueError(
             f"field 'ground_truth' must be a list as long as 'dataset' ({len(names)}), got {truths!r:.200}"
         )
-    return list(zip(names, truths, strict=True))
+    _weights(names)
+    return list(zip(map(_name, names), truths, strict=True))
+
+
+def _name(entry: str) -> str:
+    return entry.partition("*")[0].strip()
+
+
+def _weights(entries: str | Sequence[str]) -> list[float]:
+    weights = []
+    for entry in [entries] if isinstance(entries, str) else entries:
+        _, star, text = entry.partition("*")
+        try:
+            weight = float(text) if star else 1.0
+        except ValueError:
+            weight = -1.0
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"field 'dataset': the weight of {entry!r} must be a number from 0 on")
+        weights.append(weight)
+    if not sum(weights):
+        raise ValueError(f"field 'dataset': the weights of {entries!r} are all 0")
+    return weights
 
 
 def _lookup(name: str, rules: str) -> Entry:

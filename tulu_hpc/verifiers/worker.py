@@ -17,6 +17,7 @@ import struct
 import sys
 from typing import Any, BinaryIO
 
+from tulu_hpc.verifiers import judge
 from tulu_hpc.verifiers.confinement import filters, limits
 from tulu_hpc.verifiers.registry import GRANTS, Prepare, preparations, verify
 
@@ -84,6 +85,7 @@ def main() -> None:
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--memory-mib", type=int, default=0)
     parser.add_argument("--module", action="append", default=[])
+    parser.add_argument("--judge", default="")
     parser.add_argument("--grant", action="append", default=[], choices=GRANTS)
     arguments = parser.parse_args()
     limits.die_with_parent(arguments.parent)
@@ -95,6 +97,8 @@ def main() -> None:
         os.dup2(null.fileno(), 1)
     for module in ["tulu_hpc.verifiers", *arguments.module]:
         importlib.import_module(module)
+    if arguments.judge:
+        judge.configure(judge.JudgeSettings(**json.loads(arguments.judge)))
     _confine(arguments.memory_mib, arguments.grant)
     _send(sink, {"ready": True})
     prepared: set[Prepare] = set()
