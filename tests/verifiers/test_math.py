@@ -187,3 +187,46 @@ def test_slow_imports_are_not_charged_to_the_first_verdict():
     with VerifierPool(1, 0.25) as pool:  # sympy alone takes longer
         verdicts = pool.verify_batch([({"dataset": "math", "ground_truth": "(x+1)^2"}, r"\boxed{x^2+2x+1}")] * 2)
     assert [verdict.score for verdict in verdicts] == [1.0, 1.0] and pool.stats.lost == 0
+
+
+NASTY = {
+    "brackets": "(" * 5000,
+    "fractions": "\\frac{" * 3000,
+    "tower": "9^{" * 300 + "9" + "}" * 300,
+    "powers of sums": "(((x+1)^{999})^{999})^{999}",
+    "long product": "x^{999}" * 100,
+    "many roots": "+".join(f"\\sqrt{{{i}}}" for i in range(2, 90)),
+    "factorials": "200!" * 100,
+    "signs": "-" * 901 + "1",
+    "roots of roots": "\\sqrt{" * 50 + "x" + "}" * 50,
+    "sines of sines": "\\sin{" * 50 + "x" + "}" * 50,
+    "exponentials": "e^{e^{e^{e^{9}}}}",
+    "long list": "1," * 400 + "1",
+    "signs both ways": "\\pm" * 300 + "1",
+    "boxes": "\\boxed{" * 20000,
+    "texts": "\\text{" * 5000,
+    "digits": "9" * 5000,
+    "root of digits": "\\sqrt{" + "9" * 900 + "}",
+}
+
+
+def test_deep_and_large_expressions_cost_no_worker():
+    tasks = [
+        ({"dataset": "math", "ground_truth": truth}, f"\\boxed{{{text}}}")
+        for text in NASTY.values()
+        for truth in ("1", "(x+2)^2")
+    ]
+    with VerifierPool(1, 30.0) as pool:
+        scores = [verdict.score for verdict in pool.verify_batch(tasks)]
+        assert scores == [0.0] * len(tasks) and pool.stats.lost == 0
+
+
+@needs_antlr
+def test_deep_and_large_expressions_in_the_papers_comparison_cost_one_verdict():
+    texts = [NASTY[name] for name in ("brackets", "tower", "powers of sums", "long product")]
+    tasks = [({"dataset": "math", "ground_truth": "(x+2)^2"}, f"\\boxed{{{text}}}") for text in texts]
+    fine = ({"dataset": "math", "ground_truth": "1"}, "\\boxed{1}")
+    with VerifierPool(1, 1.0, rules="tulu3-compat") as pool:
+        scores = [verdict.score for verdict in pool.verify_batch([*tasks, fine])]
+        assert scores == [0.0] * len(tasks) + [1.0]
+        assert pool.stats.verdicts == len(scores) and pool.stats.restarts == pool.stats.lost - pool.stats.errors

@@ -28,14 +28,27 @@ def matching_brace(text: str, start: int) -> int | None:
     return None
 
 
+def _closing_braces(text: str) -> dict[int, int]:
+    """The closing brace of every opening one that has one; escaped braces do not count."""
+    pairs: dict[int, int] = {}
+    open_braces: list[int] = []
+    for mark in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if mark[0] == "{":
+            open_braces.append(mark.start())
+        elif mark[0] == "}" and open_braces:
+            pairs[open_braces.pop()] = mark.start()
+    return pairs
+
+
 def last_boxed(text: str) -> str | None:
     r"""Content of the last complete `\boxed{...}` or `\fbox{...}`, or what follows `\boxed ` up to `$` or the line."""
+    closing = _closing_braces(text)
     for box in reversed(list(_BOX.finditer(text))):
         if text[box.end() : box.end() + 1] != "{":
             bare = re.match(r"[^$\n]*", text[box.end() :])
             if bare and bare[0].strip() and box[0][-1].isspace():
                 return bare[0].strip()
-        elif (end := matching_brace(text, box.end())) is not None:
+        elif (end := closing.get(box.end())) is not None:
             return text[box.end() + 1 : end].strip()
     return None
 

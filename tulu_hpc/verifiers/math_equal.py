@@ -13,7 +13,7 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
-from tulu_hpc.verifiers.latex import LatexError, read_expression
+from tulu_hpc.verifiers.latex import MAX_CHARACTERS, LatexError, read_expression
 from tulu_hpc.verifiers.math_answers import matching_brace
 
 MAX_PARTS = 64
@@ -240,9 +240,9 @@ def _equal_equations(left: str, right: str, other_left: str, other_right: str) -
     try:
         a = read_expression(left) - read_expression(right)
         b = read_expression(other_left) - read_expression(other_right)
-    except LatexError:
+        return _same_value(a, b) or _same_value(a, -b)
+    except (LatexError, OverflowError):
         return False
-    return _same_value(a, b) or _same_value(a, -b)
 
 
 def expressions_equal(given: str, truth: str) -> bool:
@@ -254,13 +254,15 @@ def expressions_equal(given: str, truth: str) -> bool:
         return True
     try:
         return _same_value(read_expression(given), read_expression(truth))
-    except LatexError:
+    except (LatexError, OverflowError):  # a value that no floating-point number holds
         return False
 
 
 def _plain_number(text: str) -> Fraction | None:
     """A decimal or a fraction of whole numbers, without sympy."""
     text = text.strip()
+    if len(text) > MAX_CHARACTERS:
+        return None
     if _NUMBER.fullmatch(text):
         return Fraction(text)
     if match := _PLAIN_FRACTION.fullmatch(text):
@@ -298,7 +300,7 @@ def _same_value(a: Any, b: Any) -> bool:
     compared = 0
     for shift, point in enumerate(points):
         values = {letter: point + _step(i * 37 + shift) for i, letter in enumerate(letters)}
-        x, y = (expression.subs(values).evalf(DIGITS) for expression in (a, b))
+        x, y = (expression.evalf(DIGITS, subs=values) for expression in (a, b))
         if not (x.is_number and y.is_number and x.is_finite and y.is_finite):
             if x != y:
                 return False
