@@ -14,7 +14,6 @@ import importlib
 import json
 import os
 import struct
-import sys
 from typing import Any, BinaryIO
 
 from tulu_hpc.verifiers import judge
@@ -75,7 +74,7 @@ def _confine(memory_mib: int, grants: list[str]) -> None:
     """Bound the address space, so that a verdict runs out of memory alone; on Linux also give up root's powers and all
     but the granted system calls. Threads stay: numeric libraries start them."""
     limits.limit_resources(CORE=0, **({"AS": memory_mib << 20} if memory_mib else {}))
-    if sys.platform == "linux":
+    if filters.supported():
         limits.drop_capabilities()
         filters.install([*grants, "threads"])
 
