@@ -59,7 +59,7 @@ def compare_hendrycks(count):
 
 
 # What lm-eval has repaired since: units inside command names ("\left"), indexed roots, commas that group no thousands.
-_REPAIRED = re.compile(r"\\left|\\sqrt\s*\[|\d,|,\d|square|ft|dollars")
+_REPAIRED = re.compile(r"\\left|\\sqrt\s*\[|,|text\{and\}|square|ft|dollars")
 
 
 def compare_minerva(count):
