@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from tulu_hpc.config.sections import VerifierSection
 from tulu_hpc.verifiers import check_record, judge, verify
 from tulu_hpc.verifiers.cache import VerdictCache, source_hash
 from tulu_hpc.verifiers.judge import JudgeError, JudgeSettings, prompt, read_grade
@@ -196,3 +197,14 @@ def test_weights():
 def test_bad_weights(names, words):
     with pytest.raises(ValueError, match=words):
         check_record({"dataset": names, "ground_truth": ["a"] * len(names)})
+
+
+def test_configuration_reaches_the_judge():
+    given = {"url": "http://localhost:1/v1", "model": "m", "tries": 2}
+    section = VerifierSection(judge=given, grants=["network"])
+    assert section.judge is not None
+    assert JudgeSettings(**section.judge.model_dump()) == JudgeSettings("http://localhost:1/v1", "m", tries=2)
+    with pytest.raises(ValueError, match=r"needs verifier\.grants: \[network\]"):
+        VerifierSection(judge=given)
+    with pytest.raises(ValueError, match="must start with http"):
+        VerifierSection(judge={**given, "url": "localhost:1"}, grants=["network"])

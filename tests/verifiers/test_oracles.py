@@ -1,4 +1,4 @@
-"""Our verdicts against those of published code, where it is installed (extra `eval`): all disagreements are judged.
+"""Our verdicts against those of published code, where it is installed (extra `oracles`): all disagreements are judged.
 
 A disagreement passes only if it is of a kind that docs/verifiers.md describes. evalplus stands in test_code.py.
 """
@@ -27,7 +27,7 @@ FULL = 2200
 def oracle(module):
     """The module, or a skip that says what is missing."""
     if importlib.util.find_spec(module.partition(".")[0]) is None:
-        pytest.skip(f"{module.partition('.')[0]} is not installed (extra eval)")
+        pytest.skip(f"{module.partition('.')[0]} is not installed (extra oracles)")
     try:
         return importlib.import_module(module)
     except ImportError as error:
