@@ -19,6 +19,15 @@ def fine(completion, truth, record):
     return Verdict(float(completion == truth), "compared")
 
 
+def import_slowly():
+    time.sleep(1.5)
+
+
+@register("slow_import", prepare=import_slowly)
+def slow_import(completion, truth, record):
+    return Verdict(1.0)
+
+
 @register("hang")
 def hang(completion, truth, record):
     while True:

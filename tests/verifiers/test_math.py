@@ -183,12 +183,6 @@ def test_compat_without_its_parser_says_so(monkeypatch):
         check_record({"dataset": "math", "ground_truth": "1"}, "tulu3-compat")
 
 
-def test_slow_imports_are_not_charged_to_the_first_verdict():
-    with VerifierPool(1, 0.25) as pool:  # sympy alone takes longer
-        verdicts = pool.verify_batch([({"dataset": "math", "ground_truth": "(x+1)^2"}, r"\boxed{x^2+2x+1}")] * 2)
-    assert [verdict.score for verdict in verdicts] == [1.0, 1.0] and pool.stats.lost == 0
-
-
 NASTY = {
     "brackets": "(" * 5000,
     "fractions": "\\frac{" * 3000,

@@ -83,6 +83,11 @@ def test_printing_does_not_reach_the_protocol(pool):
     assert pool.stats.lost == 0
 
 
+def test_slow_imports_are_not_charged_to_the_first_verdict(pool):
+    assert [found.score for found in pool.verify_batch([task("slow_import")] * 3)] == [1.0, 1.0, 1.0]
+    assert pool.timeout < 1.5 and pool.stats.lost == 0
+
+
 @pytest.mark.parametrize("score", [1.5, -0.1, float("nan")])
 def test_score_outside_the_range_is_an_error(pool, score):
     assert pool.verify(*task("score", truth=score)).score == 0.0
@@ -178,7 +183,7 @@ def test_a_missing_grant_is_said_before_the_run():
 
 def test_forked_child_dies_with_its_worker(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    with VerifierPool(1, 1.0, modules=HOSTILE, grants=["processes"]) as pool:
+    with VerifierPool(1, 3.0, modules=HOSTILE, grants=["processes"]) as pool:
         pool.verify(*task("fine"))
         worker = psutil.Process(pool._workers[0].process.pid)
         children = []
@@ -191,6 +196,7 @@ def test_forked_child_dies_with_its_worker(monkeypatch):
         watcher.start()
         assert pool.verify(*task("fork")).score == 0.0
         watcher.join()
+        assert children
         wait_for_end([worker.pid, *(child.pid for child in children)])
 
 
