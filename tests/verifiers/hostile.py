@@ -1,9 +1,14 @@
 """Verifiers that misbehave, for the sandbox tests. Imported by the worker processes, and by nothing else."""
 
+import ctypes
 import os
 import re
+import resource
 import signal
+import socket
+import subprocess
 import sys
+import threading
 import time
 
 from tulu_hpc.verifiers import Verdict, register
@@ -12,6 +17,15 @@ from tulu_hpc.verifiers import Verdict, register
 @register("fine")
 def fine(completion, truth, record):
     return Verdict(float(completion == truth), "compared")
+
+
+def import_slowly():
+    time.sleep(1.5)
+
+
+@register("slow_import", prepare=import_slowly)
+def slow_import(completion, truth, record):
+    return Verdict(1.0)
 
 
 @register("hang")
@@ -94,11 +108,93 @@ def wrong_score(completion, truth, record):
 
 @register("fork")
 def fork(completion, truth, record):
-    """Leaves a child behind that holds the pipes, writes its pid, and hangs."""
-    pid = os.fork()
-    if pid == 0:
+    """Leaves a child behind that holds the pipes, and hangs."""
+    if os.fork() == 0:
         time.sleep(1000)
         os._exit(0)
-    with open(truth, "w") as file:
-        file.write(f"{os.getpid()} {pid}")
     time.sleep(1000)
+
+
+@register("fork_bomb")
+def fork_bomb(completion, truth, record):
+    while True:
+        os.fork()
+
+
+@register("program")
+def program(completion, truth, record):
+    return Verdict(float(subprocess.run(["true"]).returncode == 0))
+
+
+@register("write")
+def write(completion, truth, record):
+    with open(truth, "w") as file:
+        file.write("written")
+    return Verdict(1.0)
+
+
+@register("delete")
+def delete(completion, truth, record):
+    os.unlink(truth)
+    return Verdict(1.0)
+
+
+@register("connect")
+def connect(completion, truth, record):
+    with socket.create_connection(("127.0.0.1", int(truth)), timeout=5) as connection:
+        connection.sendall(b"hello")
+    return Verdict(1.0)
+
+
+@register("kill_parent")
+def kill_parent(completion, truth, record):
+    os.kill(os.getppid(), signal.SIGKILL)
+    return Verdict(1.0)
+
+
+@register("kill_self")
+def kill_self(completion, truth, record):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+@register("detach")
+def detach(completion, truth, record):
+    os.setsid()
+    return Verdict(1.0)
+
+
+@register("outlive")
+def outlive(completion, truth, record):
+    """Asks not to die with its parent."""
+    if ctypes.CDLL(None, use_errno=True).prctl(1, 0, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+    return Verdict(1.0)
+
+
+@register("raise_limit")
+def raise_limit(completion, truth, record):
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return Verdict(1.0)
+
+
+@register("powers")
+def powers(completion, truth, record):
+    """The capabilities that are left."""
+    with open("/proc/self/status") as file:
+        left = next(line for line in file if line.startswith("CapEff")).split()[1]
+    return Verdict(1.0, left)
+
+
+@register("thread")
+def thread(completion, truth, record):
+    done = []
+    worker = threading.Thread(target=done.append, args=(1,))
+    worker.start()
+    worker.join()
+    return Verdict(float(done == [1]))
+
+
+@register("fill")
+def fill(completion, truth, record):
+    """Ten gigabytes, a piece at a time."""
+    return Verdict(float(len([bytearray(1 << 20) for _ in range(10 << 10)]) > 0))

@@ -1,17 +1,20 @@
-"""The pool against real worker processes and verifiers that misbehave.
-
-Not proven: a verifier's child that makes itself a session leader (setsid) outlives its worker.
-"""
+"""The pool against real worker processes and verifiers that misbehave."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tulu_hpc.verifiers import check_record
+from tulu_hpc.verifiers.registry import GRANTS
 from tulu_hpc.verifiers.sandbox import SandboxError, VerifierPool
 
 HOSTILE = ["tests.verifiers.hostile"]
@@ -80,6 +83,11 @@ def test_printing_does_not_reach_the_protocol(pool):
     assert pool.stats.lost == 0
 
 
+def test_slow_imports_are_not_charged_to_the_first_verdict(pool):
+    assert [found.score for found in pool.verify_batch([task("slow_import")] * 3)] == [1.0, 1.0, 1.0]
+    assert pool.timeout < 1.5 and pool.stats.lost == 0
+
+
 @pytest.mark.parametrize("score", [1.5, -0.1, float("nan")])
 def test_score_outside_the_range_is_an_error(pool, score):
     assert pool.verify(*task("score", truth=score)).score == 0.0
@@ -104,12 +112,92 @@ def test_surrogates_pass(pool):
     assert pool.verify(*task("fine", "\ud800", "\ud800")).score == 1.0
 
 
-def test_forked_child_dies_with_its_worker(pool, tmp_path):
-    note = tmp_path / "pids"
-    assert pool.verify(*task("fork", truth=str(note))).score == 0.0
-    pids = [int(pid) for pid in note.read_text().split()]
-    assert len(pids) == 2
-    wait_for_end(pids)
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="system calls are filtered on Linux")
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("fork", "Operation not permitted"),
+        ("fork_bomb", "Operation not permitted"),
+        ("program", "Operation not permitted"),
+        ("write", "Permission denied"),
+        ("delete", "Operation not permitted"),
+        ("connect", "Operation not permitted"),
+        ("kill_parent", "Operation not permitted"),
+        ("detach", "Operation not permitted"),
+        ("outlive", "Errno 1"),
+        ("raise_limit", "not allowed to raise|exceeds"),
+        ("fill", "MemoryError"),
+    ],
+)
+def test_what_a_worker_cannot_do(monkeypatch, tmp_path, name, words):
+    """As root too: then the tests themselves run as root."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    file = tmp_path / "file"
+    file.write_text("kept")
+    truth = "9" if name == "connect" else str(file)
+    with VerifierPool(1, 30.0, modules=HOSTILE, memory_mib=512) as pool:
+        verdict = pool.verify(*task(name, truth=truth))
+        assert verdict.score == 0.0 and re.search(words, verdict.reason), verdict.reason
+        assert pool.stats.errors == 1 and pool.stats.restarts == 0
+        assert pool.verify(*task("fine")).score == 1.0
+    assert file.read_text() == "kept"
+
+
+@LINUX
+def test_a_worker_has_no_powers_but_reading_and_threads(pool):
+    assert int(pool.verify(*task("powers")).reason, 16) & ~(1 << 2) == 0
+    assert pool.verify(*task("thread")).score == 1.0
+
+
+@LINUX
+def test_a_signal_to_itself_costs_one_verdict(pool):
+    assert [v.score for v in pool.verify_batch([task("kill_self"), task("fine")])] == [0.0, 1.0]
+    assert pool.stats.crashes == 1
+
+
+@LINUX
+def test_grants(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        tasks = [task("write", truth=str(tmp_path / "a")), task("connect", truth=port), task("program")]
+        for index, grant in enumerate(GRANTS):
+            with VerifierPool(1, 5.0, modules=HOSTILE, grants=[grant]) as pool:
+                scores = [verdict.score for verdict in pool.verify_batch(tasks)]
+            assert scores == [float(index == i) for i in range(3)], grant
+    assert (tmp_path / "a").read_text() == "written"
+    with pytest.raises(ValueError, match="unknown grants"):
+        VerifierPool(1, 5.0, grants=["everything"])
+
+
+def test_a_missing_grant_is_said_before_the_run():
+    record = {"dataset": "code", "ground_truth": ["assert f() == 1"]}
+    check_record(record)
+    check_record(record, grants=["processes"])
+    with pytest.raises(ValueError, match=r"'code' needs verifier.grants: \[processes\]"):
+        check_record(record, grants=[])
+
+
+def test_forked_child_dies_with_its_worker(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    with VerifierPool(1, 3.0, modules=HOSTILE, grants=["processes"]) as pool:
+        pool.verify(*task("fine"))
+        worker = psutil.Process(pool._workers[0].process.pid)
+        children = []
+
+        def watch():
+            while not children:
+                children.extend(worker.children())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        assert pool.verify(*task("fork")).score == 0.0
+        watcher.join()
+        assert children
+        wait_for_end([worker.pid, *(child.pid for child in children)])
 
 
 def test_close_ends_the_workers_and_the_pool_can_be_used_again(pool):

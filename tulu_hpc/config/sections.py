@@ -307,6 +307,24 @@ class RolloutSection(Section):
     stop: list[str] = Field(default_factory=list, description="Strings that end a completion, beside end-of-text.")
 
 
+class JudgeSection(Section):
+    url: str = Field(description="Base of an OpenAI-compatible API, e.g. http://localhost:8000/v1.")
+    model: str = Field(min_length=1, description="Name that the endpoint knows.")
+    key_variable: str = Field(default="", description="Environment variable with the API key; empty: none is sent.")
+    tries: int = Field(default=3, ge=1, description="Requests per verdict before it is an error.")
+    max_tokens: int = Field(default=512, ge=1, description="Length of the judge's reply.")
+    timeout_seconds: float = Field(
+        default=30.0, gt=0, description="Of one request; keep verifier.timeout_seconds above tries times this."
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_http(cls, url: str) -> str:
+        if not re.match(r"https?://[^/]", url):
+            raise ValueError(f"{url!r} must start with http:// or https://")
+        return url
+
+
 class VerifierSection(Section):
     workers: int = Field(default=1, ge=1)
     timeout_seconds: float = Field(
@@ -316,6 +334,20 @@ class VerifierSection(Section):
         default="fixed", description="`tulu3-compat` scores as the code behind the paper did, its mistakes included."
     )
     modules: list[str] = Field(default_factory=list, description="Python modules that register further verifiers.")
+    grants: list[Literal["files", "network", "processes"]] = Field(
+        default_factory=list,
+        description="What verifiers may do beyond reading files and computing: programs (`code`) need `processes`, "
+        "judges `network`, writing files `files`.",
+    )
+    judge: JudgeSection | None = Field(default=None, description="Endpoint of the `judge` verifier.")
+    cache: bool = Field(default=False, description="Keep verdicts by content: equal answers are verified once.")
+    cache_dir: str | None = Field(default=None, description="Keep them there for later runs too; implies `cache`.")
     max_lost_share: float = Field(
         default=0.5, gt=0, le=1, description="Stop when more of a step's (or suite's) verdicts than this are lost."
     )
+
+    @model_validator(mode="after")
+    def _judge_is_reachable(self) -> Self:
+        if self.judge is not None and "network" not in self.grants:
+            raise ValueError("verifier.judge needs verifier.grants: [network]")
+        return self

@@ -22,6 +22,7 @@ from tulu_hpc.rollout.embedded import EmbeddedEngine
 from tulu_hpc.rollout.engine import Sampling
 from tulu_hpc.rollout.texts import stop_token_ids
 from tulu_hpc.verifiers import Verdict, check_record
+from tulu_hpc.verifiers.judge import JudgeSettings
 from tulu_hpc.verifiers.sandbox import VerifierPool
 
 VerifyTask = tuple[Mapping[str, Any], str]
@@ -55,7 +56,16 @@ def open_verifiers(verifier: VerifierSection, groups: Groups, stack: ExitStack) 
     """The pool of a replica, on its leader (None elsewhere); its workers end with `stack`."""
     if not is_replica_leader(groups):
         return None
-    pool = VerifierPool(verifier.workers, verifier.timeout_seconds, rules=verifier.rules, modules=verifier.modules)
+    pool = VerifierPool(
+        verifier.workers,
+        verifier.timeout_seconds,
+        rules=verifier.rules,
+        modules=verifier.modules,
+        grants=verifier.grants,
+        judge=JudgeSettings(**verifier.judge.model_dump()) if verifier.judge else None,
+        cache=verifier.cache,
+        cache_folder=verifier.cache_dir,
+    )
     return stack.enter_context(pool)
 
 
@@ -111,7 +121,7 @@ def load_prompts(
     template = ChatTemplate.load(data.chat_template, tokenizer)
 
     def verifiable(record: RlvrRecord) -> None:
-        check_record(verifier_record(record), verifier.rules)
+        check_record(verifier_record(record), verifier.rules, verifier.grants)
 
     prompts: list[Prompt] = []
     for path in data.path:

@@ -1,6 +1,14 @@
-"""Rewards that can be checked: final answers and instruction constraints, run in workers that can be killed."""
+"""Rewards that can be checked: answers, instructions, programs and judges, run in workers that can be killed."""
 
-from tulu_hpc.verifiers import gsm8k, ifeval  # importing a module registers its verifiers
+from tulu_hpc.verifiers import (  # noqa: F401  (importing a module registers its verifiers)
+    competition_math,
+    gsm8k,
+    ifeval,
+    json_schema,
+    judge,
+    programs,
+    strings,
+)
 from tulu_hpc.verifiers.registry import RULE_SETS, Verdict, check_record, register, verifier_names, verify
 
-__all__ = ["RULE_SETS", "Verdict", "check_record", "gsm8k", "ifeval", "register", "verifier_names", "verify"]
+__all__ = ["RULE_SETS", "Verdict", "check_record", "register", "verifier_names", "verify"]

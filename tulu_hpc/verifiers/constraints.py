@@ -12,9 +12,11 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, NewType, get_args, get_type_hints
 
 Relation = Literal["at least", "less than"]
+Quantifier = Literal["at least", "around", "at most"]
+Letter = NewType("Letter", str)  # one character
 Constraint = Callable[..., bool]
 CONSTRAINTS: dict[str, Constraint] = {}
 
@@ -33,7 +35,7 @@ def check_arguments(instruction_id: str, kwargs: dict[str, Any]) -> None:
     """Refuse an unknown instruction, or arguments that its check does not take or could not use.
 
     The check's annotations say what fits: `int` is a count, `str` a text that is not blank, `Sequence[str]` a list of
-    at least one of these, `Literal` one of its words.
+    at least one of these, `Literal` one of its words, `Letter` a single character.
 
     Raises:
         ValueError: naming the instruction and the argument.
@@ -63,13 +65,17 @@ def _misfit(value: Any, kind: Any) -> str | None:
     if kind is int:
         fits = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         return None if fits else "a count"
+    if kind is Letter:
+        return None if _is_phrase(value) and len(value.strip()) == 1 else "a single letter"
     if kind is str:
         return None if _is_phrase(value) else "a text that is not blank"
     if kind == Sequence[str]:
         fits = isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_phrase, value))
         return None if fits else "a list of texts that are not blank, at least one"
-    if kind is Relation:
-        return None if value in get_args(Relation) else " or ".join(map(repr, get_args(Relation)))
+    if kind == str | Sequence[str]:
+        return _misfit(value, str if isinstance(value, str) else Sequence[str])
+    if kind in (Relation, Quantifier):
+        return None if value in get_args(kind) else " or ".join(map(repr, get_args(kind)))
     return None
 
 
@@ -77,7 +83,8 @@ def _is_phrase(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _relation(count: int, bound: int, relation: Relation) -> bool:
+def in_relation(count: int, bound: int, relation: Relation) -> bool:
+    """Whether a count keeps to its bound."""
     return count >= bound if relation == "at least" else count < bound
 
 
@@ -129,7 +136,7 @@ def forbidden_words(response: str, *, forbidden_words: Sequence[str]) -> bool:
 @constraint("keywords:frequency")
 def keyword_frequency(response: str, *, keyword: str, frequency: int, relation: Relation = "at least") -> bool:
     """The keyword occurs at least, or less than, so many times."""
-    return _relation(len(re.findall(re.escape(keyword), response, flags=re.IGNORECASE)), frequency, relation)
+    return in_relation(len(re.findall(re.escape(keyword), response, flags=re.IGNORECASE)), frequency, relation)
 
 
 @constraint("punctuation:no_comma")
@@ -141,7 +148,7 @@ def no_comma(response: str) -> bool:
 @constraint("length_constraints:number_words")
 def number_words(response: str, *, num_words: int, relation: Relation = "at least") -> bool:
     """At least, or less than, so many words (runs of word characters)."""
-    return _relation(len(re.findall(r"\w+", response)), num_words, relation)
+    return in_relation(len(re.findall(r"\w+", response)), num_words, relation)
 
 
 @constraint("detectable_content:number_placeholders")

@@ -8,57 +8,15 @@ Ground truths come in two formats, each perhaps as JSON text or wrapped in a lis
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from tulu_hpc.verifiers import constraints_ifeval, constraints_registry  # noqa: F401  (registers instructions)
 from tulu_hpc.verifiers.constraints import CONSTRAINTS, check_arguments
 from tulu_hpc.verifiers.registry import Verdict, register
+from tulu_hpc.verifiers.tulu_functions import COMPAT, FUNCTIONS
 
 Instruction = tuple[str, dict[str, Any]]
-
-# Tulu 3's function -> (instruction id, its argument name -> ours).
-_FUNCTIONS: dict[str, tuple[str, dict[str, str]]] = {
-    "verify_bullet_points": ("detectable_format:number_bullet_lists", {"N": "num_bullets"}),
-    "validate_lowercase": ("change_case:english_lowercase", {}),
-    "validate_uppercase": ("change_case:english_capital", {}),
-    "validate_end": ("startend:end_checker", {"end_phrase": "end_phrase"}),
-    "validate_quotation": ("startend:quotation", {}),
-    "verify_keywords": ("keywords:existence", {"keyword_list": "keywords"}),
-    "validate_forbidden_words": ("keywords:forbidden_words", {"forbidden_words": "forbidden_words"}),
-    "validate_no_commas": ("punctuation:no_comma", {}),
-    "validate_placeholders": ("detectable_content:number_placeholders", {"N": "num_placeholders"}),
-    "validate_title": ("detectable_format:title", {}),
-    "validate_json_format": ("detectable_format:json_format", {}),
-    "validate_response_language": ("language:response_language", {"language": "language"}),
-}
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-# What the paper's code did: other rules than IFEval's for case, ends, quotes and words, and placeholders always right.
-_COMPAT: dict[str, Callable[..., bool]] = {
-    "verify_bullet_points": lambda text, N: sum(line.strip().startswith(("*", "-")) for line in text.split("\n")) == N,
-    "validate_lowercase": lambda text: text == text.lower(),
-    "validate_uppercase": lambda text: text == text.upper(),
-    "validate_end": lambda text, end_phrase: text.endswith(end_phrase),
-    "validate_quotation": lambda text: text.startswith('"') and text.endswith('"'),
-    "verify_keywords": lambda text, keyword_list: all(word.lower() in text.lower() for word in keyword_list),
-    "validate_forbidden_words": lambda text, forbidden_words: (
-        not any(w.lower() in text.lower() for w in forbidden_words)
-    ),
-    "validate_no_commas": lambda text: "," not in text,
-    "validate_placeholders": lambda text, N: True,
-    "validate_title": lambda text: bool(re.findall(r"<<(.*?)>>", text)),
-    "validate_json_format": _is_json,
-    "validate_response_language": CONSTRAINTS["language:response_language"],
-}
 
 
 def parse_instructions(truth: Any) -> list[Instruction]:
@@ -70,9 +28,9 @@ def parse_instructions(truth: Any) -> list[Instruction]:
     truth = _mapping(truth)
     if "func_name" in truth:
         name, given = _function(truth)
-        if not isinstance(name, str) or name not in _FUNCTIONS:
-            raise ValueError(f"ifeval: unknown func_name {name!r:.100}; known: {', '.join(sorted(_FUNCTIONS))}")
-        instruction_id, names = _FUNCTIONS[name]
+        if not isinstance(name, str) or name not in FUNCTIONS:
+            raise ValueError(f"ifeval: unknown func_name {name!r:.100}; known: {', '.join(sorted(FUNCTIONS))}")
+        instruction_id, names = FUNCTIONS[name]
         # The data carries the arguments of all functions in each row, null or stale: only those of this one are read.
         instructions = [(instruction_id, {ours: given[theirs] for theirs, ours in names.items() if theirs in given})]
     else:
@@ -158,6 +116,6 @@ def verify_ifeval_compat(completion: str, truth: Any, record: Mapping[str, Any])
     if "func_name" not in mapping:
         return verify_ifeval(completion, truth, record)
     name, arguments = _function(mapping)
-    wanted = _FUNCTIONS[name][1]
-    good = _COMPAT[name](completion.strip(), **{key: arguments[key] for key in wanted})
+    wanted = FUNCTIONS[name][1]
+    good = COMPAT[name](completion.strip(), **{key: arguments[key] for key in wanted})
     return Verdict(float(good), "followed" if good else f"not followed: {name}")

@@ -2,7 +2,8 @@
 
 The clock is the parent's: a verdict that takes longer than its time costs its worker's life and scores 0. So do a
 worker's exit, an answer that is no frame, and one that is too long; an exception scores 0 and leaves the worker alive.
-Everything is counted. A worker is its own session, and with it go the children it left in its process group.
+Everything is counted. A worker is its own session, and with it go the children it left in its process group. On Linux
+it has neither root's powers nor system calls to write files, use the network or start processes, unless granted.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tulu_hpc.verifiers.registry import RULE_SETS, Verdict
+from tulu_hpc.verifiers.cache import VerdictCache, source_hash
+from tulu_hpc.verifiers.judge import JudgeSettings
+from tulu_hpc.verifiers.registry import RULE_SETS, Verdict, require_grants
 from tulu_hpc.verifiers.worker import HEADER, encode_frame
 
 _TASKS_PER_FRAME = 32
 _MAX_REPLY_BYTES = 1 << 20
 _READ_BYTES = 1 << 16
+LOST = ("lost: ", "error: ")  # how the reason of a verdict begins that scored 0 for want of one
 _KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 
 Task = tuple[Mapping[str, Any], str]  # (record, completion)
@@ -39,8 +43,10 @@ class SandboxError(RuntimeError):
 
 @dataclass
 class PoolStats:
-    """Counts since the pool was opened or they were taken; each of timeouts, crashes, garbage and errors is one verdict
-    lost (score 0)."""
+    """Counts since the pool was opened or they were taken.
+
+    Each of timeouts, crashes, garbage and errors is one verdict lost (score 0). `cached`: those that took no worker.
+    """
 
     verdicts: int = 0
     timeouts: int = 0
@@ -48,6 +54,7 @@ class PoolStats:
     garbage: int = 0
     errors: int = 0
     restarts: int = 0
+    cached: int = 0
 
     @property
     def lost(self) -> int:
@@ -97,6 +104,10 @@ class VerifierPool:
         *,
         rules: str = "fixed",
         modules: Sequence[str] = (),
+        grants: Sequence[str] = (),
+        judge: JudgeSettings | None = None,
+        cache: bool = False,
+        cache_folder: str | Path | None = None,
         memory_mib: int = 2048,
         start_seconds: float = 120.0,
     ) -> None:
@@ -107,6 +118,10 @@ class VerifierPool:
             timeout_seconds: wall clock of one verdict.
             rules: rule set of the verifiers, see `registry.RULE_SETS`.
             modules: further modules that a worker imports, e.g. with verifiers of one's own.
+            grants: what workers may do beyond reading files and computing, see `registry.GRANTS`.
+            judge: endpoint of the `judge` verifier.
+            cache: keep verdicts by content, see `cache.VerdictCache`.
+            cache_folder: keep them there for later runs too; switches the cache on.
             memory_mib: address space of a worker; 0 for no limit.
             start_seconds: how long a worker may take to be ready.
         """
@@ -114,12 +129,22 @@ class VerifierPool:
             raise ValueError(f"a pool needs workers >= 1 and timeout_seconds > 0, got {workers} and {timeout_seconds}")
         if rules not in RULE_SETS:
             raise ValueError(f"unknown rule set {rules!r}; known: {', '.join(RULE_SETS)}")
+        require_grants(grants)
         self.size, self.timeout, self.rules, self.start_seconds = workers, timeout_seconds, rules, start_seconds
         self.stats = PoolStats()
         self._command = [sys.executable, "-m", "tulu_hpc.verifiers.worker", "--parent", str(os.getpid())]
         self._command += ["--memory-mib", str(memory_mib)]
         self._command += [argument for module in modules for argument in ("--module", module)]
+        self._command += [argument for grant in grants for argument in ("--grant", grant)]
         self._environment = {key: os.environ[key] for key in _KEPT_ENVIRONMENT if key in os.environ}
+        if judge is not None:
+            self._command += ["--judge", json.dumps(asdict(judge))]
+            if judge.key_variable in os.environ:
+                self._environment[judge.key_variable] = os.environ[judge.key_variable]
+        self.cache: VerdictCache | None = None
+        if cache or cache_folder is not None:
+            identity = [rules, source_hash(modules), asdict(judge) if judge is not None else None]
+            self.cache = VerdictCache(identity, cache_folder)
         package_root = str(Path(__file__).resolve().parents[2])
         paths = [package_root, *(path for path in sys.path if path)]
         self._environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
@@ -150,6 +175,8 @@ class VerifierPool:
         for worker in self._workers:
             worker.kill()
         self._workers.clear()
+        if self.cache is not None:
+            self.cache.close()
 
     def verify(self, record: Mapping[str, Any], completion: str) -> Verdict:
         """One verdict; see `verify_batch`."""
@@ -161,6 +188,25 @@ class VerifierPool:
         Raises:
             SandboxError: workers do not start.
         """
+        if self.cache is None:
+            return self._verify(tasks)
+        keys = [self.cache.key(*task) for task in tasks]
+        found = [self.cache.get(key) if key is not None else None for key in keys]
+        missing = [i for i, verdict in enumerate(found) if verdict is None]
+        first = {keys[i] or str(i): i for i in reversed(missing)}  # of equal tasks one is enough
+        asked = sorted(first.values())
+        fresh = dict(zip(asked, self._verify([tasks[i] for i in asked]), strict=True)) if asked else {}
+        for i, verdict in fresh.items():
+            key = keys[i]
+            if key is not None and not verdict.reason.startswith(LOST):
+                self.cache.put(key, verdict)
+        self.cache.flush()
+        self.stats.verdicts += len(tasks) - len(asked)
+        self.stats.cached += len(tasks) - len(asked)
+        return [verdict or fresh[first[keys[i] or str(i)]] for i, verdict in enumerate(found)]
+
+    def _verify(self, tasks: Sequence[Task]) -> list[Verdict]:
+        """The same, by the workers."""
         results: list[Verdict | None] = [None] * len(tasks)
         waiting = deque(range(len(tasks)))
         self.open()
@@ -253,6 +299,9 @@ class VerifierPool:
             worker.ready = reply == {"ready": True}
             self._failed_starts = 0
             return worker.ready
+        if worker.owed and reply.keys() == {"preparing"}:
+            worker.deadline = time.monotonic() + (self.start_seconds if reply["preparing"] is True else self.timeout)
+            return True
         if not worker.owed or reply.get("index") != worker.answered:
             return False
         if "error" in reply:

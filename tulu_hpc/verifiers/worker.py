@@ -2,46 +2,26 @@
 
 Frames on stdin and stdout are a 4-byte big-endian length and JSON. The worker first sends `{"ready": true}`; then each
 request `{"rules": ..., "tasks": [[record, completion], ...]}` is answered by one frame per task, in order:
-`{"index": i, "score": ..., "reason": ..., "metrics": {...}}` or `{"index": i, "error": ...}`.
+`{"index": i, "score": ..., "reason": ..., "metrics": {...}}` or `{"index": i, "error": ...}`. Around slow imports of a
+verifier stand `{"preparing": true}` and `{"preparing": false}`: they do not count as time of the verdict.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
+import contextlib
 import importlib
 import json
 import os
-import signal
 import struct
-import sys
 from typing import Any, BinaryIO
 
-from tulu_hpc.verifiers.registry import verify
+from tulu_hpc.verifiers import judge
+from tulu_hpc.verifiers.confinement import filters, limits
+from tulu_hpc.verifiers.registry import GRANTS, Prepare, preparations, verify
 
 HEADER = struct.Struct(">I")
 REASON_CHARACTERS = 500
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(parent: int) -> None:
-    """Ask Linux to kill this process when its parent goes (elsewhere the end of stdin has to do).
-
-    A worker that hangs in a verdict does not read, so the end of stdin alone would leave an orphan.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # the parent went before the request
-        os._exit(0)
-
-
-def limit_memory(mebibytes: int) -> None:
-    """Bound the address space, so that a verdict runs out of memory alone."""
-    import resource  # not on every platform
-
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = mebibytes * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def read_frame(stream: BinaryIO) -> Any:
@@ -72,13 +52,42 @@ def _answer(index: int, record: dict[str, Any], completion: str, rules: str) -> 
     }
 
 
+def _prepare(record: dict[str, Any], rules: str, done: set[Prepare], sink: BinaryIO) -> None:
+    """Call what the record's verifiers want prepared; a failure shows again in the verdict."""
+    missing = [prepare for prepare in preparations(record, rules) if prepare not in done]
+    if not missing:
+        return
+    _send(sink, {"preparing": True})
+    for prepare in missing:
+        with contextlib.suppress(Exception):
+            prepare()
+        done.add(prepare)
+    _send(sink, {"preparing": False})
+
+
+def _send(sink: BinaryIO, message: Any) -> None:
+    sink.write(encode_frame(message))
+    sink.flush()
+
+
+def _confine(memory_mib: int, grants: list[str]) -> None:
+    """Bound the address space, so that a verdict runs out of memory alone; on Linux also give up root's powers and all
+    but the granted system calls. Threads stay: numeric libraries start them."""
+    limits.limit_resources(CORE=0, **({"AS": memory_mib << 20} if memory_mib else {}))
+    if filters.supported():
+        limits.drop_capabilities()
+        filters.install([*grants, "threads"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--memory-mib", type=int, default=0)
     parser.add_argument("--module", action="append", default=[])
+    parser.add_argument("--judge", default="")
+    parser.add_argument("--grant", action="append", default=[], choices=GRANTS)
     arguments = parser.parse_args()
-    die_with_parent(arguments.parent)
+    limits.die_with_parent(arguments.parent)
     # Frames go through private copies: what a verifier prints or reads must not reach the pipes.
     source = os.fdopen(os.dup(0), "rb")
     sink = os.fdopen(os.dup(1), "wb")
@@ -87,14 +96,15 @@ def main() -> None:
         os.dup2(null.fileno(), 1)
     for module in ["tulu_hpc.verifiers", *arguments.module]:
         importlib.import_module(module)
-    if arguments.memory_mib:
-        limit_memory(arguments.memory_mib)
-    sink.write(encode_frame({"ready": True}))
-    sink.flush()
+    if arguments.judge:
+        judge.configure(judge.JudgeSettings(**json.loads(arguments.judge)))
+    _confine(arguments.memory_mib, arguments.grant)
+    _send(sink, {"ready": True})
+    prepared: set[Prepare] = set()
     while (request := read_frame(source)) is not None:
         for index, (record, completion) in enumerate(request["tasks"]):
-            sink.write(encode_frame(_answer(index, record, completion, request["rules"])))
-            sink.flush()
+            _prepare(record, request["rules"], prepared, sink)
+            _send(sink, _answer(index, record, completion, request["rules"]))
 
 
 if __name__ == "__main__":
