@@ -50,6 +50,7 @@ test: lint
 	$(BIN)/pytest
 
 soak: $(VENV)/.test-installed
+	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[oracles]"
 	$(BIN)/pytest -m soak --timeout 14400 --soak-summary benchmarks/results/soak.json
 
 bench: $(VENV)/.test-installed
