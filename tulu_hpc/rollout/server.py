@@ -15,12 +15,13 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from tulu_hpc.rollout.engine import EngineError
 from tulu_hpc.rollout.http import Address, HttpError, request
 
 PLUGIN = "tulu_hpc"
+LogprobsMode: TypeAlias = Literal["raw_logprobs", "processed_logprobs"]
 GLOO_BACKEND = "tulu_hpc_gloo"
 GENERATE = "/inference/v1/generate"
 PROBE_PATH = "/is_paused"  # answered by the engine core; /health is answered by the API server alone
@@ -52,7 +53,7 @@ class ServerOptions:
     max_sequences: int
     host: str = "127.0.0.1"
     tensor_parallel: int = 1
-    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
+    logprobs_mode: LogprobsMode = "raw_logprobs"
     device: Literal["cpu", "cuda"] = "cpu"
     kv_cache_mib: int | None = None
     extra_args: Sequence[str] = ()

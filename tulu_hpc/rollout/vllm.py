@@ -11,14 +11,14 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from tulu_hpc.rollout import vllm_wire as wire
 from tulu_hpc.rollout.engine import Completion, EngineError, GenerationStats, Request, ServersLostError
 from tulu_hpc.rollout.http import Address, HttpError, request
-from tulu_hpc.rollout.server import GENERATE, Server, probe
+from tulu_hpc.rollout.server import GENERATE, LogprobsMode, Server, probe
 from tulu_hpc.rollout.weight_sync import Channel, push_checkpoint, push_gloo
 
 _REFUSED = (400, 422)  # the request itself is wrong: another server would refuse it too
@@ -62,7 +62,7 @@ class VllmEngine:
         deadline_seconds: float = 600.0,
         attempts: int = 3,
         probe_seconds: float = 5.0,
-        logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs",
+        logprobs_mode: LogprobsMode = "raw_logprobs",
         own: Sequence[Server] = (),
         start_seconds: float = 600.0,
         sync_timeout_seconds: float = 60.0,
@@ -313,9 +313,7 @@ class VllmEngine:
         return [each for each in await asyncio.gather(*map(one, self.own)) if each]
 
 
-def logprobs_problem(
-    mode: Literal["raw_logprobs", "processed_logprobs"], temperature: float, top_p: float
-) -> str | None:
+def logprobs_problem(mode: LogprobsMode, temperature: float, top_p: float) -> str | None:
     """Why servers of this mode do not return log-probs at this temperature over the whole vocabulary, or None."""
     if mode == "raw_logprobs":
         if temperature not in (0, 1):
@@ -327,6 +325,6 @@ def logprobs_problem(
     return None
 
 
-def logprobs_mode_for(temperature: float) -> Literal["raw_logprobs", "processed_logprobs"]:
+def logprobs_mode_for(temperature: float) -> LogprobsMode:
     """The mode of servers for this temperature."""
     return "raw_logprobs" if temperature in (0, 1) else "processed_logprobs"

@@ -123,7 +123,8 @@ def _spans(found: Any, count: int, version: int) -> tuple[VersionSpan, ...]:
         return (VersionSpan(version, 0, count),)
     spans: list[VersionSpan] = []
     end = 0
-    for entry in found if isinstance(found, list) else [None]:
+    entries: list[Any] = found if isinstance(found, list) else [None]
+    for entry in entries:
         try:
             span = VersionSpan(int(entry["version"]), int(entry["start"]), int(entry["end"]))
         except (TypeError, KeyError, ValueError):

@@ -158,7 +158,7 @@ class Channel:
         self._store = store
 
     def _join(self, store: Any, size: int, timeout: timedelta, here: str) -> Any:
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timeout
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=here)]
         return dist.ProcessGroupGloo(dist.PrefixStore(self._key, store), 0, size, options)

@@ -60,7 +60,7 @@ class GlooEngine(WeightTransferEngine):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._group: dist.ProcessGroup | None = None
+        self._group: dist.ProcessGroupGloo | None = None
         self._received: set[str] = set()
         self._expected: dict[str, tuple[int, ...]] = {}
 
@@ -126,9 +126,9 @@ class GlooEngine(WeightTransferEngine):
         self._group = None
 
 
-def gloo_group(store: dist.Store, rank: int, size: int, timeout: timedelta, address: str) -> dist.ProcessGroup:
+def gloo_group(store: dist.Store, rank: int, size: int, timeout: timedelta, address: str) -> dist.ProcessGroupGloo:
     """A gloo group whose connections go over the interface of `address`; independent of torch's default group."""
-    options = dist.ProcessGroupGloo._Options()
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
     return dist.ProcessGroupGloo(store, rank, size, options)
