@@ -40,6 +40,8 @@ MAY_DIFFER: tuple[str, ...] = (
     "train.async_save",
     "train.on_save_error",
     "model.logprob_buffer_mib",
+    "rollout.vllm.*",
+    "rollout.mismatch_*",
     "verifier.workers",
     "verifier.max_lost_share",
     "run.name",

@@ -26,6 +26,7 @@ GLOO_BACKEND = "tulu_hpc_gloo"
 GENERATE = "/inference/v1/generate"
 PROBE_PATH = "/is_paused"  # answered by the engine core; /health is answered by the API server alone
 _END_SECONDS = 20.0
+_CPU_BATCHED_TOKENS = 4096
 _PROBE_SECONDS = 5.0
 
 
@@ -68,7 +69,9 @@ class ServerOptions:
         arguments += ["--generation-config", "vllm", "--enable-scale-out", "--disable-uvicorn-access-log"]
         arguments += ["--weight-transfer-config", f'{{"backend": "{GLOO_BACKEND}"}}']
         if self.device == "cpu":
-            arguments += ["--enforce-eager"]
+            # The part of a split prompt draws a number that vLLM takes back on GPUs; on the CPU it dies of that.
+            batched = str(max(_CPU_BATCHED_TOKENS, self.max_model_len))
+            arguments += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", batched]
         if self.kv_cache_mib is not None:
             arguments += ["--kv-cache-memory-bytes", str(self.kv_cache_mib << 20)]
         return [*arguments, *self.extra_args]

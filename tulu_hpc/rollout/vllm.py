@@ -75,7 +75,7 @@ class VllmEngine:
         self.vocab_size, self.max_in_flight = vocab_size, max_in_flight
         self.deadline_seconds, self.attempts, self.probe_seconds = deadline_seconds, attempts, probe_seconds
         self.logprobs_mode, self.own, self.start_seconds = logprobs_mode, list(own), start_seconds
-        self.bucket_bytes, self.sync_timeout_seconds = bucket_bytes, sync_timeout_seconds
+        self.bucket_bytes = bucket_bytes
         self.stats = GenerationStats()
         self.retries = 0  # attempts that failed and were made again
         self._remotes = [_Remote(address) for address in addresses]
@@ -203,6 +203,28 @@ class VllmEngine:
     async def _post(self, remote: _Remote, path: str, body: Any) -> Any:
         return await request(remote.address, "POST", path, body, seconds=self.deadline_seconds)
 
+    async def score(self, prompts: Sequence[Sequence[int]], seconds: float = 60.0) -> list[list[float]]:
+        """Log-probs of given tokens (all but the first) under the engine's model at temperature 1, in one pass each.
+
+        Raises:
+            EngineError: no server answers properly.
+        """
+        serving = [remote.address for remote in self._remotes if remote.alive]
+        if not serving:
+            raise EngineError("no vLLM server is left")
+        scored = []
+        for tokens in prompts:
+            body = {"token_ids": list(tokens), "sampling_params": {"max_tokens": 1, "prompt_logprobs": 0}}
+            try:
+                answer = await request(serving[0], "POST", GENERATE, body, seconds=seconds)
+                entries = answer["prompt_logprobs"][1:]
+                scored.append(
+                    [float(entry[str(token)]["logprob"]) for token, entry in zip(tokens[1:], entries, strict=True)]
+                )
+            except (HttpError, KeyError, TypeError, ValueError) as error:
+                raise EngineError(f"{serving[0]}: cannot score: {error!r}") from None
+        return scored
+
     # Liveness
 
     async def _suspect(self, remote: _Remote) -> None:
@@ -232,6 +254,11 @@ class VllmEngine:
         remote.dead.set()
         async with self._free:
             self._free.notify_all()
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Of all servers, dead ones included."""
+        return [remote.address for remote in self._remotes]
 
     def serving(self) -> list[tuple[Address, int | None]]:
         """Live servers with their version, None before the first update."""
@@ -283,9 +310,10 @@ class VllmEngine:
 
         Raises:
             EngineError: no server took it.
+            ValueError: there are no safetensors in it.
         """
-        addresses = [remote.address for remote in self._remotes]
-        self._settle(await push_checkpoint(addresses, directory, version, self.sync_timeout_seconds), version)
+        channels = [self._channels[remote.address] for remote in self._remotes]
+        self._settle(await push_checkpoint(channels, directory, version), version)
 
     def _settle(self, problems: Sequence[str | None], version: int) -> None:
         for remote, problem in zip(self._remotes, problems, strict=True):

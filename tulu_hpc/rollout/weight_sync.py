@@ -1,4 +1,4 @@
-"""New weights for running vLLM servers, under Hugging Face names and bucket by bucket, over gloo.
+"""New weights for running vLLM servers under Hugging Face names: bucket by bucket over gloo, or from files.
 
 The weights come as a stream of whole tensors; one bucket is held at a time. Every server has a group of its own, so a
 server that dies in an update does not take the others with it. An update always pauses the server (requests in flight
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tulu_hpc.models.safetensors_files import HfDirectory
 from tulu_hpc.rollout.http import Address, HttpError, request
 from tulu_hpc.rollout.server import probe
 
@@ -89,12 +90,13 @@ class Channel:
         self._group: Any = None
         self._store: Any = None
         self._key = ""
-        self._workers = self._sent = 0
+        self._workers: Any = 0
+        self._sent = 0
 
     async def _call(self, method: str, path: str, body: Any = None, seconds: float = _CONTROL_SECONDS) -> Any:
         return await request(self.address, method, path, body, seconds=seconds)
 
-    async def begin(self) -> None:
+    async def begin(self, *, with_group: bool = True) -> None:
         """Pause the server and begin an update; what an earlier one left behind is given up first.
 
         Raises:
@@ -103,7 +105,7 @@ class Channel:
         await probe(self.address)
         await pause(self.address)
         await set_version(self.address, DIRTY)
-        if self._group is None:
+        if with_group and self._group is None:
             await self._open()
         try:
             await self._call("POST", "/start_weight_update")
@@ -124,7 +126,9 @@ class Channel:
 
     async def _open(self) -> None:
         answer = await self._call("GET", "/get_world_size")
-        self._workers = int(answer["world_size"])
+        self._workers = answer.get("world_size") if isinstance(answer, dict) else None
+        if not isinstance(self._workers, int) or self._workers < 1:
+            raise SyncError(f"{self.address}: has a world size of {str(answer)[:200]}")
         here = local_address(self.address)
         self._key, self._sent = uuid.uuid4().hex, 0
         family = socket.AF_INET6 if ":" in here else socket.AF_INET
@@ -190,6 +194,14 @@ class Channel:
         finally:
             announced.cancel()
 
+    async def load(self, body: dict[str, Any]) -> None:
+        """Let the server read one file.
+
+        Raises:
+            HttpError: naming the server.
+        """
+        await self._call("POST", "/update_weights", body, self.timeout_seconds + 10)
+
     def _ready(self) -> int:
         return int(self._store.add(f"{self._key}/ready", 0))
 
@@ -229,48 +241,58 @@ async def push_gloo(
     """
     problems: list[str | None] = [None] * len(channels)
 
-    async def every(step: Any) -> None:
-        async def one(index: int) -> None:
-            try:
-                await step(channels[index])
-            except (HttpError, SyncError) as error:
-                channels[index].close()
-                problems[index] = str(error)
-
-        await asyncio.gather(*(one(index) for index, problem in enumerate(problems) if problem is None))
-
-    await every(Channel.begin)
+    await _every(channels, problems, Channel.begin)
     for bucket in buckets(tensors, bucket_bytes):
         if None not in problems:
             break
-        await every(lambda channel, bucket=bucket: channel.send(bucket))
-    await every(lambda channel: channel.finish(version))
+        await _every(channels, problems, lambda channel, bucket=bucket: channel.send(bucket))
+    await _every(channels, problems, lambda channel: channel.finish(version))
     return problems
 
 
-async def push_checkpoint(
-    addresses: Sequence[Address], directory: Path, version: int, seconds: float
-) -> list[str | None]:
+async def push_checkpoint(channels: Sequence[Channel], directory: Path, version: int) -> list[str | None]:
     """Let several servers read the same Hugging Face directory, which all their workers must see.
 
     Returns:
-        For each server what went wrong, or None.
+        For each channel what went wrong, or None.
+
+    Raises:
+        ValueError: there are no safetensors in the directory.
     """
+    content = HfDirectory(directory)
+    files: dict[str, list[str]] = {}
+    for name, file in content.file_of.items():
+        files.setdefault(file, []).append(name)
+    bodies = [
+        {
+            "update_info": {
+                "path": str((directory / file).absolute()),
+                "names": names,
+                "shapes": [list(content.shape(name)) for name in names],
+            }
+        }
+        for file, names in files.items()
+    ]
+    content.close()
+    problems: list[str | None] = [None] * len(channels)
+    await _every(channels, problems, lambda channel: channel.begin(with_group=False))
+    for body in bodies:
+        await _every(channels, problems, lambda channel, body=body: channel.load(body))
+    await _every(channels, problems, lambda channel: channel.finish(version))
+    return problems
 
-    async def one(address: Address) -> str | None:
+
+async def _every(channels: Sequence[Channel], problems: list[str | None], step: Any) -> None:
+    """Do a step at all servers that have no problem yet, at once; note what fails."""
+
+    async def one(index: int) -> None:
         try:
-            await probe(address)
-            await pause(address)
-            await set_version(address, DIRTY)
-            body = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}, "timeout": seconds}
-            await request(address, "POST", "/collective_rpc", body, seconds=seconds + 10)
-            await set_version(address, str(version))
-            await resume(address, version)
-        except (HttpError, SyncError) as error:
-            return str(error)
-        return None
+            await step(channels[index])
+        except (RuntimeError, OSError) as error:  # torch's network errors are RuntimeErrors too
+            channels[index].close()
+            problems[index] = str(error)
 
-    return list(await asyncio.gather(*(one(address) for address in addresses)))
+    await asyncio.gather(*(one(index) for index, problem in enumerate(problems) if problem is None))
 
 
 async def pause(address: Address) -> None:
@@ -281,7 +303,7 @@ async def pause(address: Address) -> None:
     """
     await request(address, "POST", "/pause?mode=keep&clear_cache=true", seconds=_CONTROL_SECONDS)
     answer = await request(address, "GET", "/is_paused", seconds=_CONTROL_SECONDS)
-    if answer.get("is_paused") is not True:
+    if not isinstance(answer, dict) or answer.get("is_paused") is not True:
         raise SyncError(f"{address}: not paused ({answer}): an update now would end it")
 
 
@@ -302,8 +324,8 @@ async def resume(address: Address, version: int) -> None:
     """
     try:
         answer = await request(address, "GET", "/weight_info", seconds=_CONTROL_SECONDS)
-        if str(answer.get("weight_version")) != str(version):
-            raise SyncError(f"{address}: holds weights {answer.get('weight_version')!r} after an update to {version}")
+        if not isinstance(answer, dict) or str(answer.get("weight_version")) != str(version):
+            raise SyncError(f"{address}: says {str(answer)[:200]} after an update to version {version}")
     except HttpError as error:
         if error.status != 404:
             raise

@@ -1,6 +1,7 @@
-"""Worker side of weight updates over gloo: rank 0 of the group is the trainer, the workers follow.
+"""Worker side of weight updates, over gloo or from files.
 
-One call of /update_weights announces one bucket of tensors and is one broadcast of their bytes, in the order announced.
+Over gloo rank 0 of the group is the trainer, the workers follow. One call of /update_weights announces one bucket of
+tensors and is one broadcast of their bytes, in the order announced; or it names a safetensors file to read.
 What vLLM's own engines lack is here: shapes are checked before anything is sent, an update must be complete, and one
 that broke off is cleaned up by the next.
 """
@@ -9,12 +10,13 @@ from __future__ import annotations
 
 import math
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -42,14 +44,16 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Body of /update_weights: the tensors of one bucket."""
+    """Body of /update_weights: the tensors of one bucket (in bytes, in order), or of a safetensors file at `path`."""
 
     names: list[str]
-    dtype_names: list[str]
     shapes: list[list[int]]
+    dtype_names: list[str] = field(default_factory=list)
+    path: str | None = None
 
     def __post_init__(self) -> None:
-        if not len(self.names) == len(self.dtype_names) == len(self.shapes):
+        wanted = len(self.names) if self.path is None else 0
+        if len(self.names) != len(self.shapes) or len(self.dtype_names) != wanted:
             raise ValueError("names, dtype_names and shapes differ in length")
 
 
@@ -60,7 +64,7 @@ class GlooEngine(WeightTransferEngine):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._group: dist.ProcessGroupGloo | None = None
+        self._group: Any = None
         self._received: set[str] = set()
         self._expected: dict[str, tuple[int, ...]] = {}
 
@@ -91,10 +95,17 @@ class GlooEngine(WeightTransferEngine):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Receive one bucket and load it."""
+        """Receive one bucket, or read one file, and load it."""
+        check_announced(self._expected, update_info.names, update_info.shapes, self._received)
+        if update_info.path is not None:
+            self._load_file(update_info.path, update_info.names)
+        else:
+            self._load_bucket(update_info)
+        self._received.update(update_info.names)
+
+    def _load_bucket(self, update_info: UpdateInfo) -> None:
         if self._group is None:
             raise RuntimeError("the weight transfer group was not opened")
-        check_announced(self._expected, update_info.names, update_info.shapes, self._received)
         dtypes = [getattr(torch, name) for name in update_info.dtype_names]
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(update_info.shapes, dtypes, strict=True)]
         buffer = torch.empty(sum(sizes), dtype=torch.uint8)
@@ -104,7 +115,14 @@ class GlooEngine(WeightTransferEngine):
         self._group.broadcast([buffer], options).wait()
         parts = zip(update_info.names, buffer.split(sizes), dtypes, update_info.shapes, strict=True)
         self.model.load_weights([(name, part.view(dtype).view(shape)) for name, part, dtype, shape in parts])
-        self._received.update(update_info.names)
+
+    def _load_file(self, path: str, names: list[str]) -> None:
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                tensor = file.get_tensor(name)
+                if tuple(tensor.shape) != self._expected[name]:
+                    raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, not as announced")
+                self.model.load_weights([(name, tensor)])
 
     def finish_weight_update(self) -> None:
         """Accept a complete update. One of nothing, or an incomplete one (an error), gives the update up."""
@@ -113,6 +131,7 @@ class GlooEngine(WeightTransferEngine):
             if received:
                 check_complete(self._expected, received)
                 finalize_layerwise_reload(self.model, self.model_config)
+                repack_tied_head(self.model, self.model_config.hf_config)
         finally:
             discard_unfinished_reload(self.model)  # nothing is left of it after a complete update
 
@@ -140,6 +159,13 @@ def local_address(host: str, port: int) -> str:
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(target)  # sends nothing
         return str(probe.getsockname()[0])
+
+
+def repack_tied_head(model: torch.nn.Module, config: Any) -> None:
+    """A head that shares the embedding's weight is not itself loaded, but on the CPU holds a packed copy of it."""
+    head = getattr(model, "lm_head", None)
+    if config.tie_word_embeddings and head is not None and hasattr(head, "quant_method"):
+        head.quant_method.process_weights_after_loading(head)
 
 
 def discard_unfinished_reload(model: torch.nn.Module) -> None:
