@@ -168,3 +168,26 @@ def test_nothing_of_the_trainer_reaches_the_server(options: ServerOptions, monke
     assert not {"PYTHONPATH", "RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & set(environment)
     assert environment["HTTP_PROXY"] == "kept" and environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment
+
+
+def test_rollout_serve(options: ServerOptions) -> None:
+    """The verb says where it serves and ends everything on SIGTERM."""
+    folder = Path(options.model)
+    config = folder / "rlvr.yaml"
+    config.write_text(
+        f"run: {{root: {folder}}}\nmodel: {{path: {folder}}}\ndata: {{path: {folder}/none.jsonl}}\noptimizer: {{lr: 1e-3}}\n"
+        f"train: {{steps: 1, pack_rows: 8192}}\nrlvr: {{prompts_per_step: 1, samples_per_prompt: 2}}\n"
+        f"rollout: {{vllm: {{python: {options.python}}}}}\n"
+    )
+    command = [sys.executable, "-m", "tulu_hpc", "rollout", "serve", str(config), "--log", str(folder / "log")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True)
+    assert process.stdout is not None
+    try:
+        lines = [process.stdout.readline(), process.stdout.readline()]
+        assert "starting http://127.0.0.1:" in lines[0] and f"serves {folder}" in lines[1], lines
+        process.terminate()
+        assert "stopped on request" in process.stdout.read() and process.wait(20) == 0
+    finally:
+        process.kill()
+    until(lambda: all(gone(int(pid)) for pid in (folder / "pids").read_text().split()), "left over")
