@@ -175,8 +175,8 @@ def test_rollout_serve(options: ServerOptions) -> None:
     folder = Path(options.model)
     config = folder / "rlvr.yaml"
     config.write_text(
-        f"run: {{root: {folder}}}\nmodel: {{path: {folder}}}\ndata: {{path: {folder}/none.jsonl}}\noptimizer: {{lr: 1e-3}}\n"
-        f"train: {{steps: 1, pack_rows: 8192}}\nrlvr: {{prompts_per_step: 1, samples_per_prompt: 2}}\n"
+        f"run: {{root: {folder}}}\nmodel: {{path: {folder}}}\ndata: {{path: {folder}/none.jsonl}}\n"
+        f"optimizer: {{lr: 1e-3}}\ntrain: {{steps: 1, pack_rows: 8192}}\nrlvr: {{prompts_per_step: 1, samples_per_prompt: 2}}\n"
         f"rollout: {{vllm: {{python: {options.python}}}}}\n"
     )
     command = [sys.executable, "-m", "tulu_hpc", "rollout", "serve", str(config), "--log", str(folder / "log")]

@@ -101,6 +101,7 @@ def _once(failure: Any) -> Any:
         lambda body: completion(body, weight_versions=[{"version": "dirty", "start": 0, "end": 4}]),
         lambda body: completion(body, weight_versions=[{"version": "7", "start": 1, "end": 4}]),
         lambda body: completion(body, weight_versions=[{"version": "7", "start": 0, "end": 3}]),
+        lambda body: completion(body, weight_versions=None),
         lambda body: {"choices": []},
         [],
     ],

@@ -188,17 +188,16 @@ class VllmEngine:
             await asyncio.gather(attempt, death, return_exceptions=True)  # its connection is closed after this
 
     async def _exchange(self, remote: _Remote, each: Request) -> Completion:
-        version = remote.version if remote.version is not None else 0
         if remote.has_generate:
             try:
                 answer = await self._post(remote, GENERATE, wire.generate_body(each))
-                return wire.parse_generate(answer, each, self.vocab_size, version)
+                return wire.parse_generate(answer, each, self.vocab_size, remote.version)
             except HttpError as error:
                 if error.status not in _ABSENT:
                     raise
                 remote.has_generate = False
         answer = await self._post(remote, wire.COMPLETIONS, wire.completions_body(each))
-        return wire.parse_completions(answer, each, self.vocab_size, version)
+        return wire.parse_completions(answer, each, self.vocab_size, remote.version)
 
     async def _post(self, remote: _Remote, path: str, body: Any) -> Any:
         return await request(remote.address, "POST", path, body, seconds=self.deadline_seconds)

@@ -57,11 +57,11 @@ def _sampling(request: Request) -> dict[str, Any]:
     return values
 
 
-def parse_generate(answer: Any, request: Request, vocab_size: int, version: int) -> Completion:
+def parse_generate(answer: Any, request: Request, vocab_size: int, version: int | None) -> Completion:
     """The completion of an answer of /inference/v1/generate.
 
     Args:
-        version: of the server's weights, for servers that do not report it.
+        version: of the server's weights, for servers that do not report it; None if unknown.
 
     Raises:
         MalformedError: naming what is wrong.
@@ -82,7 +82,7 @@ def parse_generate(answer: Any, request: Request, vocab_size: int, version: int)
     return _completion(choice, request, tokens, values, spans)
 
 
-def parse_completions(answer: Any, request: Request, vocab_size: int, version: int) -> Completion:
+def parse_completions(answer: Any, request: Request, vocab_size: int, version: int | None) -> Completion:
     """The same for /v1/completions, which never reports versions."""
     choice = _only_choice(answer)
     tokens = _tokens(choice.get("token_ids"), request.sampling, vocab_size)
@@ -90,7 +90,7 @@ def parse_completions(answer: Any, request: Request, vocab_size: int, version: i
     found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
     if not isinstance(found, list) or len(found) != len(tokens):
         raise MalformedError(f"{len(tokens)} tokens, but {len(found) if isinstance(found, list) else 'no'} log-probs")
-    return _completion(choice, request, tokens, _logprobs(found), (VersionSpan(version, 0, len(tokens)),))
+    return _completion(choice, request, tokens, _logprobs(found), _spans(None, len(tokens), version))
 
 
 def _only_choice(answer: Any) -> dict[str, Any]:
@@ -118,8 +118,10 @@ def _logprobs(found: Sequence[Any]) -> list[float]:
     return [float(value) for value in found]
 
 
-def _spans(found: Any, count: int, version: int) -> tuple[VersionSpan, ...]:
+def _spans(found: Any, count: int, version: int | None) -> tuple[VersionSpan, ...]:
     if found is None:
+        if version is None:
+            raise MalformedError("the server does not say which weights it has, and none were sent to it")
         return (VersionSpan(version, 0, count),)
     spans: list[VersionSpan] = []
     end = 0
