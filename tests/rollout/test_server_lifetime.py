@@ -176,7 +176,8 @@ def test_rollout_serve(options: ServerOptions) -> None:
     config = folder / "rlvr.yaml"
     config.write_text(
         f"run: {{root: {folder}}}\nmodel: {{path: {folder}}}\ndata: {{path: {folder}/none.jsonl}}\n"
-        f"optimizer: {{lr: 1e-3}}\ntrain: {{steps: 1, pack_rows: 8192}}\nrlvr: {{prompts_per_step: 1, samples_per_prompt: 2}}\n"
+        f"optimizer: {{lr: 1e-3}}\ntrain: {{steps: 1, pack_rows: 8192}}\n"
+        f"rlvr: {{prompts_per_step: 1, samples_per_prompt: 2}}\n"
         f"rollout: {{vllm: {{python: {options.python}}}}}\n"
     )
     command = [sys.executable, "-m", "tulu_hpc", "rollout", "serve", str(config), "--log", str(folder / "log")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -53,6 +54,22 @@ def test_buckets_hold_all_bytes_in_order(limit: int) -> None:
     assert all(
         torch.equal(ours, theirs) and ours.dtype == theirs.dtype for (_, ours), (_, theirs) in zip(found, tensors)
     )
+
+
+def test_buckets_hold_one_tensor_at_a_time() -> None:
+    """Beside the bucket: whoever streams a model through them never has two of its tensors."""
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for number in range(40):
+            assert len(alive) <= 1, f"{len(alive)} tensors are held at number {number}"
+            tensor = torch.full((256,), float(number))
+            alive.add(tensor)
+            yield str(number), tensor
+            del tensor
+
+    sizes = [bucket.content.numel() for bucket in buckets(tensors(), 4096)]
+    assert sizes == [4096] * 10
 
 
 @pytest.mark.parametrize("tied", [False, True])
