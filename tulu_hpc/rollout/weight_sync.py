@@ -71,13 +71,14 @@ def buckets(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterable[Bucke
         if metadata and used + content.numel() > limit:
             yield Bucket(metadata, buffer[:used])
             metadata, used = [], 0
-        entry = (name, tensor.dtype, tuple(tensor.shape))
-        if content.numel() > limit:
+        entry, size = (name, tensor.dtype, tuple(tensor.shape)), content.numel()
+        if size > limit:
             yield Bucket([entry], content)
-            continue
-        buffer[used : used + content.numel()] = content
-        metadata.append(entry)
-        used += content.numel()
+        else:
+            buffer[used : used + size] = content
+            metadata.append(entry)
+            used += size
+        del tensor, content  # before the next one is gathered
     if metadata:
         yield Bucket(metadata, buffer[:used])
 
