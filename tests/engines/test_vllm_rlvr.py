@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.engines import vllm_server as real
-from tests.parallel.forked import WorkerError
+from tests.parallel.forked import WorkerError, run_forked
 from tests.rlvr import tiny_rlvr
 from tests.rlvr.tiny_rlvr import in_processes, metrics, rlvr_config
 from tulu_hpc.config.loader import ConfigError
@@ -20,7 +20,7 @@ from tulu_hpc.rollout.server import Server
 from tulu_hpc.rollout.vllm import VllmEngine
 from tulu_hpc.stages import rlvr, rlvr_step, served
 
-pytestmark = [real.needs_vllm, pytest.mark.timeout(300)]
+pytestmark = [real.needs_vllm, pytest.mark.timeout(450)]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_server_killed_in_a_run(inputs: Path, tmp_path: Path, capfd: pytest.Ca
     """Two tensor-parallel ranks; the run ends as if nothing had happened, and leaves no process behind."""
     before = {process.pid for process in psutil.process_iter()}
     config = config_of(inputs, tmp_path / "run", parallel__tensor=2, train__steps=3)
-    in_processes(_with_a_murder, config, world=2)
+    run_forked(2, _with_a_murder, config, timeout=400)  # two starts of vLLM
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3] and all(row["train/updates"] == 1 for row in rows)
     assert all(row["rollout/logprob_error_max"] < 1e-4 for row in rows)
