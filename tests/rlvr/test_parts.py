@@ -11,6 +11,7 @@ import torch
 
 from tests.rlvr.tiny_rlvr import rlvr_config
 from tulu_hpc.config.loader import ConfigError
+from tulu_hpc.config.sections import RolloutSection
 from tulu_hpc.curation.preference import PreferenceStatistics, ScoredSample, binarise
 from tulu_hpc.data.datasets import Prompt
 from tulu_hpc.data.records import Message, RlvrRecord
@@ -19,12 +20,12 @@ from tulu_hpc.rollout.engine import Completion
 from tulu_hpc.stages import rlvr, rlvr_step
 from tulu_hpc.stages.rlvr_metrics import (
     Mismatch,
-    MismatchError,
     RolloutStats,
+    breach,
     mismatch_metrics,
-    require_match,
     rollout_metrics,
 )
+from tulu_hpc.stages.rollouts import open_engine
 
 
 def test_advantages() -> None:
@@ -87,13 +88,22 @@ def test_mismatch() -> None:
     assert found["rollout/logprob_error_max"] == pytest.approx(0.5)
     assert found["rollout/token_mult_prob_error"] == pytest.approx((math.exp(0.5) + 1 + math.exp(0.1)) / 3)
     assert mismatch_metrics([Mismatch()]) == {}
-    require_match([second], 0.2)
-    with pytest.raises(MismatchError, match=r"0\.5 .*3 tokens"):
-        require_match([first, second], 0.2)
-    broken = Mismatch()
+    k3 = (math.exp(0.5) - 1 - 0.5 + math.exp(-0.1) - 1 + 0.1) / 3
+    assert found["rollout/mismatch_kl"] == pytest.approx(k3, rel=1e-6)
+
+
+def test_breach() -> None:
+    first, second, broken = Mismatch(), Mismatch(), Mismatch()
+    first.add(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.0]))
+    second.add(torch.tensor([-1.0]), torch.tensor([-0.9]))
     broken.add(torch.tensor([math.nan, 0.0]), torch.tensor([0.0, 0.0]))
-    with pytest.raises(MismatchError, match="inf"):
-        require_match([second, broken], 0.2)
+    assert breach([second], 0.2, 2.0) is None and breach([Mismatch()], 0.2, 2.0) is None
+    assert "up to 0.5 (limit 0.2) over 3 tokens" in (breach([first, second], 0.2, 2.0) or "")
+    assert "inf" in (breach([second, broken], 0.2, 2.0) or "")
+    # Without a limit of the largest difference, as in bf16, the mean still counts, a NaN in it too.
+    assert breach([first, second], None, 1.3) is None
+    assert "1.251 on average (limit 1.2)" in (breach([first, second], None, 1.2) or "")
+    assert "nan" in (breach([second, broken], None, 1.3) or "")
 
 
 def test_rollout_metrics_add_up_over_replicas() -> None:
@@ -149,3 +159,8 @@ def test_preference_statistics() -> None:
     assert (found["no_pair_equal_scores"], found["no_pair_unfinished"]) == (1, 1)
     assert found["prompts_by_source"] == {"a": 2, "b": 1} and found["pairs_by_source"] == {"a": 1}
     assert found["mean_score"] == pytest.approx(0.5) and found["mean_chosen_score"] == 1.0
+
+
+def test_only_rlvr_has_rollout_servers() -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.engine = vllm: only rlvr"):
+        open_engine(RolloutSection(engine="vllm"), [], None, None, None)  # type: ignore[arg-type]  # refused first

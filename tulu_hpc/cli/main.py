@@ -11,7 +11,7 @@ import sys
 import typer
 
 from tulu_hpc import __version__
-from tulu_hpc.cli import audit, cluster, convert, data, tools, training
+from tulu_hpc.cli import audit, cluster, convert, data, rollout, tools, training
 from tulu_hpc.cli.common import EXIT_BAD_INPUT, rank_prefix, report_error, wants_traceback
 
 # typer carries its own copy of click from 0.20 on and used the installed one before; this is the right class in both.
@@ -28,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 data_app = typer.Typer(help="Make, mix, clean and prefer data.", no_args_is_help=True, rich_markup_mode=None)
+rollout_app = typer.Typer(help="Servers that generate rollouts.", no_args_is_help=True, rich_markup_mode=None)
 convert_app = typer.Typer(help="Model directories.", no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -62,6 +63,8 @@ convert_app.command()(convert.initialise)
 convert_app.command("import")(convert.import_)
 convert_app.command()(convert.export)
 convert_app.command()(convert.verify)
+app.add_typer(rollout_app, name="rollout")
+rollout_app.command()(rollout.serve)
 app.command()(cluster.plan)
 app.command()(cluster.launch)
 app.command()(audit.audit)

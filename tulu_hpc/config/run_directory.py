@@ -46,6 +46,8 @@ MAY_DIFFER: tuple[str, ...] = (
     "train.nan_watch",
     "train.export_hf",
     "model.logprob_buffer_mib",
+    "rollout.vllm.*",
+    "rollout.mismatch_*",
     "verifier.workers",
     "verifier.max_lost_share",
     "run.name",

@@ -298,8 +298,45 @@ class TelemetrySection(Section):
     )
 
 
+class VllmSection(Section):
+    servers: list[str] = Field(
+        default_factory=list,
+        description="URLs of running servers (`tulu-hpc rollout serve`); empty: the run starts and ends its own.",
+    )
+    local_servers: int = Field(default=1, ge=1, description="That the run starts on the machine of its first process.")
+    python: str = Field(default=".venv-vllm/bin/python", description="Interpreter of vLLM's environment.")
+    host: str = Field(default="127.0.0.1", description="Private address that servers listen on.")
+    port: int = Field(default=0, ge=0, le=65535, description="Of `rollout serve`; 0: a free one.")
+    tensor_parallel: int = Field(default=1, ge=1)
+    kv_cache_mib: int | None = Field(default=None, ge=1, description="Of each worker; empty: vLLM's rule.")
+    extra_args: list[str] = Field(default_factory=list, description="Further arguments of vLLM's server.")
+    start_seconds: float = Field(default=600.0, gt=0)
+    deadline_seconds: float = Field(default=600.0, gt=0, description="Of one attempt at one request.")
+    attempts: int = Field(default=3, ge=1, description="Per request, not counting servers that died.")
+    probe_seconds: float = Field(
+        default=5.0, gt=0, description="Between questions to the engine; twice no answer in this time is a death."
+    )
+    sync: Literal["gloo", "checkpoint"] = Field(
+        default="gloo",
+        description="`checkpoint`: new weights travel through a directory that the servers can read.",
+    )
+    bucket_mib: int = Field(default=256, ge=1, description="Weights sent at a time.")
+    sync_timeout_seconds: float = Field(default=60.0, gt=0, description="Of one bucket, or of one reload.")
+
+
 class RolloutSection(Section):
-    engine: Literal["embedded"] = "embedded"
+    engine: Literal["embedded", "vllm"] = Field(
+        default="embedded", description="On the training model, or vLLM servers (rlvr only)."
+    )
+    vllm: VllmSection = VllmSection()
+    mismatch_max: float | None = Field(
+        default=None,
+        gt=0,
+        description="Stop when log-probs of engine and trainer differ by more; empty: 1e-3 in float32, else no limit.",
+    )
+    mismatch_mult_prob_error: float = Field(
+        default=1.05, gt=1, description="Stop when the mean of exp(|difference|) of a step is beyond this."
+    )
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int = Field(default=2048, ge=1)

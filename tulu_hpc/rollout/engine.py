@@ -16,6 +16,18 @@ class EngineError(RuntimeError):
     """The engine cannot serve requests (dead, unreachable, or between two weight versions)."""
 
 
+class ServersLostError(EngineError):
+    """No server is left that serves.
+
+    Attributes:
+        completions: those that came before, by the place of their request.
+    """
+
+    def __init__(self, message: str, completions: dict[int, Completion]) -> None:
+        super().__init__(message)
+        self.completions = completions
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn.
@@ -59,6 +71,15 @@ class Request:
 
 
 @dataclass(frozen=True)
+class VersionSpan:
+    """Tokens `start` to `end` (exclusive) of a completion were drawn by the weights `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Completion:
     """One completion.
 
@@ -68,7 +89,8 @@ class Completion:
             temperature 1 if greedy), fp32. With top_p < 1 this is not renormalised over the nucleus.
         finish_reason: "stop" (a stop token or string) or "length".
         stop_reason: the token id or string that ended it, None for "length".
-        policy_version: of the weights, as given to `update_weights`.
+        policy_version: of the weights that drew the first token, as given to `update_weights`.
+        version_spans: which weights drew which tokens; empty: all of them policy_version.
     """
 
     token_ids: list[int]
@@ -77,6 +99,7 @@ class Completion:
     stop_reason: int | str | None
     policy_version: int
     id: str = ""
+    version_spans: tuple[VersionSpan, ...] = ()
 
 
 class RolloutEngine(Protocol):

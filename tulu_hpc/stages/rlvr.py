@@ -13,9 +13,11 @@ from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.schema import RlvrConfig
 from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.models.llama import Llama
+from tulu_hpc.rollout.embedded import EmbeddedEngine
 from tulu_hpc.stages import training_run
 from tulu_hpc.stages.rlvr_step import Learner, fingerprint, rollout_step
 from tulu_hpc.stages.rollouts import load_prompts, open_engine, open_verifiers, refuse_stop_strings, sampling_of
+from tulu_hpc.stages.served import ServedEngine, check_served, start_servers
 from tulu_hpc.stages.training_run import Run
 from tulu_hpc.telemetry.metrics import MetricLogger
 from tulu_hpc.telemetry.progress import Progress
@@ -33,7 +35,8 @@ def run(config: RlvrConfig) -> Path:
 
     Raises:
         ConfigError, RecordError, LayoutError: naming the key, file, line or rank.
-        MismatchError: engine and trainer disagree about the log-probs of the first step.
+        MismatchError: engine and trainer disagree about log-probs.
+        EngineError: the rollout servers do not start, or are lost again and again.
         VerifierError: too many verdicts of a step were lost.
         Preempted: the run was asked to stop; its state is saved.
     """
@@ -57,6 +60,8 @@ def check(config: RlvrConfig) -> None:
     if config.rollout.temperature == 0:
         raise ConfigError("rollout.temperature = 0: greedy answers to a prompt are all equal, nothing can be learned")
     refuse_stop_strings(config.rollout, "rlvr")
+    if config.rollout.engine == "vllm":
+        check_served(config)
     if config.rlvr.minibatches > config.rlvr.prompts_per_step:
         raise ConfigError(
             f"rlvr.minibatches = {config.rlvr.minibatches} is more than "
@@ -70,7 +75,8 @@ def check(config: RlvrConfig) -> None:
 
 
 def build(run: Run, config: RlvrConfig, stack: ExitStack) -> Learner:
-    """Load prompts, policy and reference; workers of the verifier end with `stack`."""
+    """Load prompts, policy and reference; rollout servers and workers of the verifier end with `stack`."""
+    served = start_servers(run, config, stack) if config.rollout.engine == "vllm" else None
     tokenizer = load_tokenizer(config.model.path, run.architecture.vocab_size)
     prompts = load_prompts(config.data, config.verifier, tokenizer, run.say)
     rlvr = config.rlvr
@@ -89,12 +95,17 @@ def build(run: Run, config: RlvrConfig, stack: ExitStack) -> Learner:
         assert isinstance(model, Llama)
         model.logprob_temperature = config.rollout.temperature  # ratios and KL are of the policy that samples
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    engine: EmbeddedEngine | ServedEngine
+    if served is None:
+        engine = open_engine(config.rollout, trainer.models, run.groups, run.architecture, tokenizer)
+    else:
+        engine = ServedEngine(run, config, trainer, *served)
     return Learner(
         run=run,
         config=config,
         trainer=trainer,
         reference=reference,
-        engine=open_engine(config.rollout, trainer.models, run.groups, run.architecture, tokenizer),
+        engine=engine,
         pool=open_verifiers(config.verifier, run.groups, stack),
         prompts=prompts,
         sampling=sampling_of(config.rollout, tokenizer, config.model.path),
@@ -118,6 +129,7 @@ def resume(learner: Learner) -> int:
         raise ConfigError(
             f"{run.directory.root}: cannot resume, the prompts of data.path have changed since it was saved"
         )
+    learner.engine.version = learner.trainer.step
     run.say(f"resumed at step {extra['rollout_step']} of {learner.config.train.steps}")
     return int(extra["rollout_step"])
 

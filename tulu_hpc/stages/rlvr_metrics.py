@@ -25,37 +25,41 @@ class Mismatch:
     total: float = 0.0
     largest: float = 0.0
     multiplied: float = 0.0  # sum of exp(|d|)
+    divergence: float = 0.0  # sum of exp(d) - 1 - d with d = trainer - engine
 
     def add(self, trainer_K: Tensor, engine_K: Tensor) -> None:
         """Count the tokens of one pack (or of this rank's part of it)."""
         if trainer_K.numel() == 0:
             return
-        difference = (trainer_K - engine_K).abs().double()
+        signed = trainer_K.double() - engine_K.double()
+        difference = signed.abs()
         self.count += difference.numel()
-        values = torch.stack((difference.sum(), difference.max(), difference.exp().sum())).tolist()
+        divergence = (signed.expm1() - signed).sum()
+        values = torch.stack((difference.sum(), difference.max(), difference.exp().sum(), divergence)).tolist()
         self.total += values[0]
         # max() would drop a NaN, which is the worst mismatch of all.
         self.largest = math.nan if math.isnan(values[1]) else max(self.largest, values[1])
         self.multiplied += values[2]
+        self.divergence += values[3]
 
 
-def require_match(parts: Sequence[Mismatch], limit: float) -> None:
-    """Stop before training on rollouts whose log-probs the trainer cannot reproduce.
-
-    Raises:
-        MismatchError: the largest difference is beyond the limit.
-    """
-    largest = max((part.largest if not math.isnan(part.largest) else math.inf for part in parts), default=0.0)
-    if largest > limit:
-        tokens = sum(part.count for part in parts)
-        raise MismatchError(
-            f"the rollout engine's log-probs differ from the trainer's by up to {largest:.3g} (limit {limit:g}) over "
-            f"{tokens} tokens of the first step, with the same weights: nothing was trained"
-        )
+def breach(parts: Sequence[Mismatch], most: float | None, most_mult_prob: float) -> str | None:
+    """What the differences exceed, or None. A NaN exceeds everything."""
+    tokens = sum(part.count for part in parts)
+    if tokens == 0:
+        return None
+    largest = max(math.inf if math.isnan(part.largest) else part.largest for part in parts)
+    mult_prob = sum(part.multiplied for part in parts) / tokens
+    if most is not None and largest > most:
+        return f"by up to {largest:.3g} (limit {most:g}) over {tokens} tokens"
+    if not mult_prob <= most_mult_prob:
+        return f"by so much that exp(|difference|) is {mult_prob:.4g} on average (limit {most_mult_prob:g})"
+    return None
 
 
 def mismatch_metrics(parts: Sequence[Mismatch]) -> dict[str, float]:
-    """`rollout/token_mult_prob_error` is the mean of exp(|d|), 1 for perfect agreement."""
+    """Of |d|: mean, largest, and mean of exp(|d|) (1 for perfect agreement); `mismatch_kl` is the k3 estimate of
+    KL(engine || trainer) (http://joschu.net/blog/kl-approx.html)."""
     count = sum(part.count for part in parts)
     if count == 0:
         return {}
@@ -63,6 +67,7 @@ def mismatch_metrics(parts: Sequence[Mismatch]) -> dict[str, float]:
         "rollout/logprob_error_mean": sum(part.total for part in parts) / count,
         "rollout/logprob_error_max": max(part.largest for part in parts),
         "rollout/token_mult_prob_error": sum(part.multiplied for part in parts) / count,
+        "rollout/mismatch_kl": sum(part.divergence for part in parts) / count,
     }
 
 

@@ -27,18 +27,16 @@ from tulu_hpc.rollout.embedded import EmbeddedEngine
 from tulu_hpc.rollout.engine import Completion, Request, Sampling
 from tulu_hpc.rollout.sampling import derive_seed
 from tulu_hpc.rollout.texts import completion_text, ended_itself
-from tulu_hpc.stages import rlvr_metrics
+from tulu_hpc.stages import rlvr_gate, rlvr_metrics
 from tulu_hpc.stages.rlvr_metrics import Mismatch, RolloutStats
 from tulu_hpc.stages.rollouts import LOSSES, is_replica_leader, lost_verdicts, verifier_record, verify_in_replica
+from tulu_hpc.stages.served import ServedEngine
 from tulu_hpc.stages.training_run import Run
 from tulu_hpc.training.normalisation import GlobalCounts, global_counts
 from tulu_hpc.training.runner import LossFn, Runner, row_multiple
 from tulu_hpc.training.step import StepResult, train_step
 from tulu_hpc.training.trainer import Trainer
 from tulu_hpc.verifiers.sandbox import VerifierPool
-
-# In fp32 engine and trainer compute the same function: a larger difference of log-probs means that one is wrong.
-MISMATCH_LIMIT = 1e-3
 
 
 @dataclass
@@ -49,7 +47,7 @@ class Learner:
     config: RlvrConfig
     trainer: Trainer
     reference: Runner | None
-    engine: EmbeddedEngine
+    engine: EmbeddedEngine | ServedEngine
     pool: VerifierPool | None  # on the leader of the replica
     prompts: list[Prompt]
     sampling: Sampling
@@ -89,7 +87,7 @@ def rollout_step(
             add_logprobs("reference_logprobs", learner.reference, packs)
     clock.lap("reference")
     if check_mismatch:
-        gate(learner, minibatches)
+        rlvr_gate.check_first(learner, step, minibatches)
     mismatch = Mismatch()
     results: list[StepResult] = []
     for epoch in range(config.rlvr.epochs):
@@ -99,8 +97,11 @@ def rollout_step(
             # Only before the first update do trainer and engine hold the same weights.
             watch = mismatch if epoch == 0 and not results else None
             results.append(train_step(learner.trainer, packs, policy_loss(learner, count, watch)))
-    learner.engine.version += len(results)
+    learner.engine.version = learner.trainer.step
     clock.lap("train")
+    rlvr_gate.require_match(
+        learner, step, mismatch if groups.tp_rank == 0 else Mismatch(), "the step was trained, but is not saved"
+    )
     stats = rollout_stats(learner, scored) if is_replica_leader(groups) else None
     share = {"stats": stats, "mismatch": mismatch if groups.tp_rank == 0 else None, "stop": stop_requested}
     shares = groups.all_gather_object(share)
@@ -217,21 +218,6 @@ def add_logprobs(name: str, runner: Runner, packs: Sequence[PackedBatch]) -> Non
     """Add the log-probs of a model that is not trained here as a column of each pack; collective."""
     for pack, logprobs_K in zip(packs, runner.logprobs(packs), strict=True):
         pack.per_target[name] = logprobs_K.cpu()
-
-
-def gate(learner: Learner, minibatches: Sequence[Sequence[PackedBatch]]) -> None:
-    """Compare the engine's log-probs with the trainer's before anything is learned from them (fp32 only).
-
-    Raises:
-        MismatchError: they differ by more than rounding.
-    """
-    if learner.config.model.dtype != "float32":
-        return
-    mismatch = Mismatch()
-    for packs in minibatches:
-        for pack, logprobs_K in zip(packs, learner.trainer.runner.logprobs(packs), strict=True):
-            mismatch.add(logprobs_K.cpu(), pack.per_target["behaviour_logprobs"])
-    rlvr_metrics.require_match(learner.run.groups.all_gather_object(mismatch), MISMATCH_LIMIT)
 
 
 def policy_loss(learner: Learner, counts: GlobalCounts, watch: Mismatch | None) -> LossFn:

@@ -26,7 +26,6 @@ from tulu_hpc.verifiers.judge import JudgeSettings
 from tulu_hpc.verifiers.sandbox import VerifierPool
 
 VerifyTask = tuple[Mapping[str, Any], str]
-ENGINES = {"embedded": EmbeddedEngine}  # by rollout.engine
 LOSSES = ("timeouts", "crashes", "garbage", "errors")  # of PoolStats: verdicts that scored 0 for want of one
 
 
@@ -150,8 +149,14 @@ def sampling_of(rollout: RolloutSection, tokenizer: Any, model_path: str | Path)
 def open_engine(
     rollout: RolloutSection, chunks: list[Any], groups: Groups, architecture: Architecture, tokenizer: Any
 ) -> EmbeddedEngine:
-    """The engine that `rollout.engine` names, on this model."""
-    return ENGINES[rollout.engine](chunks, groups, architecture, tokenizer, rollout.max_sequences)
+    """The embedded engine on this model.
+
+    Raises:
+        ConfigError: another engine is asked for.
+    """
+    if rollout.engine != "embedded":
+        raise ConfigError(f"rollout.engine = {rollout.engine}: only rlvr generates on rollout servers")
+    return EmbeddedEngine(chunks, groups, architecture, tokenizer, rollout.max_sequences)
 
 
 def is_replica_leader(groups: Groups) -> bool:

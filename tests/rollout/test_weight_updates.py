@@ -1,0 +1,149 @@
+"""Buckets, what a full set of weights is, and updates of servers that refuse; a real vLLM is in tests/engines."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.rollout.small_server import SmallServer, Status
+from tulu_hpc.config.architecture import Architecture
+from tulu_hpc.models.names import hf_shapes
+from tulu_hpc.rollout.engine import EngineError
+from tulu_hpc.rollout.vllm import VllmEngine
+from tulu_hpc.rollout.weight_sync import buckets
+
+PLUGIN = Path(__file__).parents[2] / "tulu_hpc" / "rollout" / "vllm_plugin" / "tulu_hpc_vllm"
+
+
+def plugin_module(name: str) -> ModuleType:
+    """A module of the plugin that needs no vLLM."""
+    spec = importlib.util.spec_from_file_location(name, PLUGIN / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("limit", [8, 40, 41, 10_000])
+def test_buckets_hold_all_bytes_in_order(limit: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3,), (2, 5), (1,), (40,), (4, 4), (2,)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float16, torch.bfloat16, torch.float32]
+    tensors = [
+        (f"t{i}", torch.randn(shape, generator=generator).to(dtype))
+        for i, (shape, dtype) in enumerate(zip(shapes, dtypes))
+    ]
+    tensors[4] = ("t4", tensors[4][1].t())  # not contiguous
+    found: list[tuple[str, Tensor]] = []
+    for bucket in buckets(iter(tensors), limit):
+        sizes = [dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in bucket.metadata]
+        assert bucket.content.dtype == torch.uint8 and bucket.content.numel() == sum(sizes)
+        assert bucket.content.numel() <= limit or len(bucket.metadata) == 1
+        parts = bucket.content.clone().split(sizes)
+        found += [(name, part.view(dtype).view(shape)) for (name, dtype, shape), part in zip(bucket.metadata, parts)]
+    assert [name for name, _ in found] == [name for name, _ in tensors]
+    assert all(
+        torch.equal(ours, theirs) and ours.dtype == theirs.dtype for (_, ours), (_, theirs) in zip(found, tensors)
+    )
+
+
+def test_buckets_hold_one_tensor_at_a_time() -> None:
+    """Beside the bucket; none while the next is made, so whoever streams a model never has two of its tensors."""
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for number in range(40):
+            assert not alive, f"a tensor is held while number {number} is made"
+            tensor = torch.full((256,), float(number))
+            alive.add(tensor)
+            yield str(number), tensor
+            del tensor
+
+    sizes = [bucket.content.numel() for bucket in buckets(tensors(), 4096)]
+    assert sizes == [4096] * 10
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_plugin_knows_the_same_model(tied: bool) -> None:
+    architecture = Architecture(
+        vocab_size=50,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=tied,
+    )
+    expected = plugin_module("expected")
+    config = SimpleNamespace(model_type="llama", **architecture.to_hf())
+    assert expected.expected_shapes(config) == hf_shapes(architecture)
+    with pytest.raises(ValueError, match="not gpt2"):
+        expected.expected_shapes(SimpleNamespace(model_type="gpt2"))
+
+
+def test_the_plugin_refuses() -> None:
+    expected = plugin_module("expected")
+    shapes = {"a": (2, 3), "b": (4,)}
+    expected.check_announced(shapes, ["a", "b"], [[2, 3], [4]], set())
+    for names, given, received, words in (
+        (["c"], [[1]], set(), "no parameter c"),
+        (["a"], [[3, 2]], set(), r"a has shape \[3, 2\], the served model wants \[2, 3\]"),
+        (["b"], [[4]], {"b"}, "b was sent twice"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            expected.check_announced(shapes, names, given, received)
+    expected.check_complete(shapes, {"a", "b"})
+    with pytest.raises(ValueError, match="1 parameters were never sent: b"):
+        expected.check_complete(shapes, {"a"})
+
+
+def _weights() -> Iterator[tuple[str, Tensor]]:
+    yield "a", torch.zeros(4)
+
+
+@pytest.mark.parametrize(
+    ("answers", "words", "never"),
+    [
+        ({"is_paused": {"is_paused": False}, "pause": {}}, "not paused", "start_weight_update"),
+        ({"is_paused": {"is_paused": True}, "pause": Status(500)}, "pause.*status 500", "start_weight_update"),
+        (
+            {"is_paused": {"is_paused": True}, "pause": {}, "get_world_size": {"world_size": 0}},
+            "world size",
+            "start_weight_update",
+        ),
+        (
+            {
+                "is_paused": {"is_paused": True},
+                "pause": {},
+                "get_world_size": {"world_size": 1},
+                "init_weight_transfer_engine": Status(500, "no plugin"),
+            },
+            "status 500.*no plugin",
+            "start_weight_update",
+        ),
+    ],
+)
+def test_an_update_that_cannot_begin(answers: dict[str, Any], words: str, never: str) -> None:
+    """Nothing is sent, the server is never resumed, and this client asks it for nothing until it has new weights."""
+
+    async def update() -> tuple[list[str], Any]:
+        async with SmallServer(**answers) as server:
+            engine = VllmEngine([server.address], vocab_size=50, sync_timeout_seconds=1.0)
+            with pytest.raises(EngineError, match=words):
+                await engine.update_weights(_weights(), 1)
+            assert engine.serving() == []
+            return [path for path, _ in server.requests], engine
+
+    paths, _ = asyncio.run(update())
+    assert f"/{never}" not in paths and "/resume" not in paths
+    assert "/pause?mode=keep&clear_cache=true" in paths

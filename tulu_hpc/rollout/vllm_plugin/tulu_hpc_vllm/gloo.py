@@ -1,0 +1,182 @@
+"""Worker side of weight updates, over gloo or from files.
+
+Over gloo rank 0 of the group is the trainer, the workers follow. One call of /update_weights announces one bucket of
+tensors and is one broadcast of their bytes, in the order announced; or it names a safetensors file to read.
+What vLLM's own engines lack is here: shapes are checked before anything is sent, an update must be complete, and one
+that broke off is cleaned up by the next.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload, layerwise
+
+from tulu_hpc_vllm.expected import check_announced, check_complete, expected_shapes
+
+logger = init_logger("vllm.tulu_hpc")
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Body of /init_weight_transfer_engine; `key` is new for each group."""
+
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+    key: str
+    timeout_seconds: float
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """Body of /update_weights: the tensors of one bucket (in bytes, in order), or of a safetensors file at `path`."""
+
+    names: list[str]
+    shapes: list[list[int]]
+    dtype_names: list[str] = field(default_factory=list)
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        wanted = len(self.names) if self.path is None else 0
+        if len(self.names) != len(self.shapes) or len(self.dtype_names) != wanted:
+            raise ValueError("names, dtype_names and shapes differ in length")
+
+
+class GlooEngine(WeightTransferEngine):
+    """The backend `tulu_hpc_gloo`."""
+
+    init_info_cls, update_info_cls = InitInfo, UpdateInfo
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._group: Any = None
+        self._received: set[str] = set()
+        self._expected: dict[str, tuple[int, ...]] = {}
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Join the trainer's group."""
+        self.shutdown()
+        parallel = self.parallel_config
+        rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        timeout = timedelta(seconds=init_info.timeout_seconds)
+        self._store = dist.TCPStore(
+            init_info.master_address, init_info.master_port, None, False, timeout=timeout, wait_for_workers=False
+        )
+        self._key = init_info.key
+        self._group = gloo_group(
+            dist.PrefixStore(init_info.key, self._store),
+            rank,
+            init_info.world_size,
+            timeout,
+            local_address(init_info.master_address, init_info.master_port),
+        )
+        logger.info("weight updates: rank %d of %d, group %s", rank, init_info.world_size, init_info.key)
+
+    def start_weight_update(self) -> None:
+        """Begin an update; what an earlier one left half loaded is undone first."""
+        self._expected = expected_shapes(self.model_config.hf_config)
+        discard_unfinished_reload(self.model)
+        self._received = set()
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Receive one bucket, or read one file, and load it."""
+        check_announced(self._expected, update_info.names, update_info.shapes, self._received)
+        if update_info.path is not None:
+            self._load_file(update_info.path, update_info.names)
+        else:
+            self._load_bucket(update_info)
+        self._received.update(update_info.names)
+
+    def _load_bucket(self, update_info: UpdateInfo) -> None:
+        if self._group is None:
+            raise RuntimeError("the weight transfer group was not opened")
+        dtypes = [getattr(torch, name) for name in update_info.dtype_names]
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(update_info.shapes, dtypes, strict=True)]
+        buffer = torch.empty(sum(sizes), dtype=torch.uint8)
+        self._store.add(f"{self._key}/ready", 1)  # only now may the trainer send: a refused bucket leaves no trace
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        self._group.broadcast([buffer], options).wait()
+        parts = zip(update_info.names, buffer.split(sizes), dtypes, update_info.shapes, strict=True)
+        self.model.load_weights([(name, part.view(dtype).view(shape)) for name, part, dtype, shape in parts])
+
+    def _load_file(self, path: str, names: list[str]) -> None:
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                tensor = file.get_tensor(name)
+                if tuple(tensor.shape) != self._expected[name]:
+                    raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, not as announced")
+                self.model.load_weights([(name, tensor)])
+
+    def finish_weight_update(self) -> None:
+        """Accept a complete update. One of nothing, or an incomplete one (an error), gives the update up."""
+        received, self._received = self._received, set()
+        try:
+            if received:
+                check_complete(self._expected, received)
+                finalize_layerwise_reload(self.model, self.model_config)
+                repack_tied_head(self.model, self.model_config.hf_config)
+        finally:
+            discard_unfinished_reload(self.model)  # nothing is left of it after a complete update
+
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """Abstract in the base class of vLLM 0.25; the trainer has its own sender."""
+        raise NotImplementedError("weights are sent by tulu_hpc")
+
+    def shutdown(self) -> None:
+        """Leave the group."""
+        self._group = None
+
+
+def gloo_group(store: dist.Store, rank: int, size: int, timeout: timedelta, address: str) -> dist.ProcessGroupGloo:
+    """A gloo group whose connections go over the interface of `address`; independent of torch's default group."""
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timeout
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    return dist.ProcessGroupGloo(store, rank, size, options)
+
+
+def local_address(host: str, port: int) -> str:
+    """Address of this machine that reaches `host`."""
+    family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(target)  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def repack_tied_head(model: torch.nn.Module, config: Any) -> None:
+    """A head that shares the embedding's weight is not itself loaded, but on the CPU holds a packed copy of it."""
+    head = getattr(model, "lm_head", None)
+    if config.tie_word_embeddings and head is not None and hasattr(head, "quant_method"):
+        head.quant_method.process_weights_after_loading(head)
+
+
+def discard_unfinished_reload(model: torch.nn.Module) -> None:
+    """Undo a reload that was begun and not finished: the tensors that the kernels use are put back.
+
+    vLLM skips layers that are already being reloaded, so without this a broken update could not be repeated.
+    """
+    for module in model.modules():
+        info = layerwise.get_layerwise_info(module)
+        if info.can_load():
+            if info.kernel_tensors is not None:
+                layerwise._place_kernel_tensors(module, info)
+            info.reset()
+    layerwise.LOADING_LAYERS.clear()

@@ -1,0 +1,341 @@
+"""New weights for running vLLM servers under Hugging Face names: bucket by bucket over gloo, or from files.
+
+The weights come as a stream of whole tensors; one bucket is held at a time. Every server has a group of its own, so a
+server that dies in an update does not take the others with it. An update always pauses the server (requests in flight
+are frozen and go on under the new weights) and always clears its caches: keys and values of the old weights would give
+log-probs of no policy at all. While it lasts the server's version is "dirty", and a server whose update broke off stays
+paused until a later one has come through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tulu_hpc.models.safetensors_files import HfDirectory
+from tulu_hpc.rollout.http import Address, HttpError, request
+from tulu_hpc.rollout.server import probe
+
+DIRTY = "dirty"
+_CONTROL_SECONDS = 30.0
+_POLL_SECONDS = 0.0005
+
+
+class SyncError(RuntimeError):
+    """An update did not come through; the server keeps no usable weights until a later one does."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Some tensors as bytes, in order.
+
+    Attributes:
+        metadata: name, dtype and shape of each.
+        content: uint8, only valid until the next bucket is asked for.
+    """
+
+    metadata: list[tuple[str, torch.dtype, tuple[int, ...]]]
+    content: Tensor
+
+    def announcement(self) -> dict[str, Any]:
+        """Body of /update_weights."""
+        return {
+            "update_info": {
+                "names": [name for name, _, _ in self.metadata],
+                "dtype_names": [str(dtype).removeprefix("torch.") for _, dtype, _ in self.metadata],
+                "shapes": [list(shape) for _, _, shape in self.metadata],
+            }
+        }
+
+
+def buckets(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterable[Bucket]:
+    """Pack tensors (on the host) into buckets of at most `limit` bytes; a larger tensor is a bucket of its own.
+
+    Beside the tensor at hand only one buffer of `limit` bytes is held.
+    """
+    buffer = torch.empty(limit, dtype=torch.uint8)
+    metadata: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+    used = 0
+    for name, tensor in tensors:
+        content = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        if metadata and used + content.numel() > limit:
+            yield Bucket(metadata, buffer[:used])
+            metadata, used = [], 0
+        entry, size = (name, tensor.dtype, tuple(tensor.shape)), content.numel()
+        if size > limit:
+            yield Bucket([entry], content)
+        else:
+            buffer[used : used + size] = content
+            metadata.append(entry)
+            used += size
+        del tensor, content  # before the next one is gathered
+    if metadata:
+        yield Bucket(metadata, buffer[:used])
+
+
+class Channel:
+    """The trainer's end of one server's group; opened at the first update and again after any error."""
+
+    def __init__(self, address: Address, timeout_seconds: float) -> None:
+        self.address, self.timeout_seconds = address, timeout_seconds
+        self._group: Any = None
+        self._store: Any = None
+        self._key = ""
+        self._workers: Any = 0
+        self._sent = 0
+
+    async def _call(self, method: str, path: str, body: Any = None, seconds: float = _CONTROL_SECONDS) -> Any:
+        return await request(self.address, method, path, body, seconds=seconds)
+
+    async def begin(self, *, with_group: bool = True) -> None:
+        """Pause the server and begin an update; what an earlier one left behind is given up first.
+
+        Raises:
+            HttpError, SyncError: naming the server.
+        """
+        await probe(self.address)
+        await pause(self.address)
+        await set_version(self.address, DIRTY)
+        if with_group and self._group is None:
+            await self._open()
+        try:
+            await self._call("POST", "/start_weight_update")
+        except HttpError as error:
+            if error.status is None:
+                raise
+            await self._give_up()
+            await self._call("POST", "/start_weight_update")
+
+    async def _give_up(self) -> None:
+        """End an update that an earlier trainer left open. An incomplete one is refused once, and gone then."""
+        try:
+            await self._call("POST", "/finish_weight_update")
+        except HttpError as error:
+            if error.status is None:
+                raise
+            await self._call("POST", "/finish_weight_update")
+
+    async def _open(self) -> None:
+        answer = await self._call("GET", "/get_world_size")
+        self._workers = answer.get("world_size") if isinstance(answer, dict) else None
+        if not isinstance(self._workers, int) or self._workers < 1:
+            raise SyncError(f"{self.address}: has a world size of {str(answer)[:200]}")
+        here = local_address(self.address)
+        self._key, self._sent = uuid.uuid4().hex, 0
+        family = socket.AF_INET6 if ":" in here else socket.AF_INET
+        listener = socket.create_server((here, 0), family=family)  # else the store would listen on all interfaces
+        port = listener.getsockname()[1]
+        timeout = timedelta(seconds=self.timeout_seconds)
+        store = dist.TCPStore(
+            here, port, None, True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        info = {
+            "master_address": here,
+            "master_port": port,
+            "rank_offset": 1,
+            "world_size": 1 + self._workers,
+            "key": self._key,
+            "timeout_seconds": self.timeout_seconds,
+        }
+        joined = asyncio.create_task(
+            self._call("POST", "/init_weight_transfer_engine", {"init_info": info}, self.timeout_seconds + 10)
+        )
+        opened = asyncio.create_task(asyncio.to_thread(self._join, store, 1 + self._workers, timeout, here))
+        try:
+            # The server's refusal comes first; waiting for the group alone would take its whole timeout.
+            await asyncio.wait({joined, opened}, return_when=asyncio.FIRST_EXCEPTION)
+            await joined
+            self._group = await opened
+        except RuntimeError as error:
+            raise error if isinstance(error, HttpError) else SyncError(f"{self.address}: no group: {error}") from error
+        finally:
+            joined.cancel()
+        self._store = store
+
+    def _join(self, store: Any, size: int, timeout: timedelta, here: str) -> Any:
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = timeout
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=here)]
+        return dist.ProcessGroupGloo(dist.PrefixStore(self._key, store), 0, size, options)
+
+    async def send(self, bucket: Bucket) -> None:
+        """One bucket: announce it, wait until all workers accept it, broadcast it, wait until they have loaded it.
+
+        Raises:
+            HttpError, SyncError: naming the server; the group is then closed.
+        """
+        announced = asyncio.create_task(
+            self._call("POST", "/update_weights", bucket.announcement(), self.timeout_seconds + 10)
+        )
+        try:
+            async with asyncio.timeout(self.timeout_seconds):
+                await self._until(lambda: self._ready() >= (self._sent + 1) * self._workers, announced)
+                options = dist.BroadcastOptions()
+                options.rootRank = 0
+                work = self._group.broadcast([bucket.content], options)
+                await self._until(work.is_completed, announced)
+                work.wait()
+            self._sent += 1
+            await announced
+        except (RuntimeError, TimeoutError) as error:
+            self.close()
+            if isinstance(error, HttpError):
+                raise
+            raise SyncError(f"{self.address}: weights not sent: {error or 'too late'}") from error
+        finally:
+            announced.cancel()
+
+    async def load(self, body: dict[str, Any]) -> None:
+        """Let the server read one file.
+
+        Raises:
+            HttpError: naming the server.
+        """
+        await self._call("POST", "/update_weights", body, self.timeout_seconds + 10)
+
+    def _ready(self) -> int:
+        return int(self._store.add(f"{self._key}/ready", 0))
+
+    @staticmethod
+    async def _until(done: Any, announced: asyncio.Task[Any]) -> None:
+        """Wait for `done`, or for the server to say no."""
+        while not done():
+            if announced.done() and announced.exception() is not None:
+                announced.result()
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def finish(self, version: int) -> None:
+        """End the update; the server refuses if a parameter is missing. Then it serves again.
+
+        Raises:
+            HttpError, SyncError: naming the server.
+        """
+        body = {"weight_version": str(version)}
+        await self._call("POST", "/finish_weight_update", body, self.timeout_seconds + 10)
+        await resume(self.address, version)
+
+    def close(self) -> None:
+        """Leave the group; workers that wait in it see the connection end."""
+        self._group = self._store = None
+
+
+async def push_gloo(
+    channels: Sequence[Channel], tensors: Iterable[tuple[str, Tensor]], version: int, bucket_bytes: int
+) -> list[str | None]:
+    """Send the same weights to several servers at once.
+
+    Args:
+        tensors: whole model, Hugging Face names, on the host. Not read to its end if every server has failed.
+
+    Returns:
+        For each channel what went wrong, or None.
+    """
+    problems: list[str | None] = [None] * len(channels)
+
+    await _every(channels, problems, Channel.begin)
+    for bucket in buckets(tensors, bucket_bytes):
+        if None not in problems:
+            break
+        await _every(channels, problems, lambda channel, bucket=bucket: channel.send(bucket))
+    await _every(channels, problems, lambda channel: channel.finish(version))
+    return problems
+
+
+async def push_checkpoint(channels: Sequence[Channel], directory: Path, version: int) -> list[str | None]:
+    """Let several servers read the same Hugging Face directory, which all their workers must see.
+
+    Returns:
+        For each channel what went wrong, or None.
+
+    Raises:
+        ValueError: there are no safetensors in the directory.
+    """
+    content = HfDirectory(directory)
+    files: dict[str, list[str]] = {}
+    for name, file in content.file_of.items():
+        files.setdefault(file, []).append(name)
+    bodies = [
+        {
+            "update_info": {
+                "path": str((directory / file).absolute()),
+                "names": names,
+                "shapes": [list(content.shape(name)) for name in names],
+            }
+        }
+        for file, names in files.items()
+    ]
+    content.close()
+    problems: list[str | None] = [None] * len(channels)
+    await _every(channels, problems, lambda channel: channel.begin(with_group=False))
+    for body in bodies:
+        await _every(channels, problems, lambda channel, body=body: channel.load(body))
+    await _every(channels, problems, lambda channel: channel.finish(version))
+    return problems
+
+
+async def _every(channels: Sequence[Channel], problems: list[str | None], step: Any) -> None:
+    """Do a step at all servers that have no problem yet, at once; note what fails."""
+
+    async def one(index: int) -> None:
+        try:
+            await step(channels[index])
+        except (RuntimeError, OSError) as error:  # torch's network errors are RuntimeErrors too
+            channels[index].close()
+            problems[index] = str(error)
+
+    await asyncio.gather(*(one(index) for index, problem in enumerate(problems) if problem is None))
+
+
+async def pause(address: Address) -> None:
+    """Freeze requests and clear the caches; an update of a server that runs would end it.
+
+    Raises:
+        HttpError, SyncError: it is not paused.
+    """
+    await request(address, "POST", "/pause?mode=keep&clear_cache=true", seconds=_CONTROL_SECONDS)
+    answer = await request(address, "GET", "/is_paused", seconds=_CONTROL_SECONDS)
+    if not isinstance(answer, dict) or answer.get("is_paused") is not True:
+        raise SyncError(f"{address}: not paused ({answer}): an update now would end it")
+
+
+async def set_version(address: Address, version: str) -> None:
+    """Name the weights; servers before 0.32 have no versions."""
+    try:
+        await request(address, "POST", "/update_weight_version", {"new_version": version}, seconds=_CONTROL_SECONDS)
+    except HttpError as error:
+        if error.status != 404:
+            raise
+
+
+async def resume(address: Address, version: int) -> None:
+    """Serve again, under a version that the server confirms (if it has versions).
+
+    Raises:
+        HttpError, SyncError: it holds another version.
+    """
+    try:
+        answer = await request(address, "GET", "/weight_info", seconds=_CONTROL_SECONDS)
+        if not isinstance(answer, dict) or str(answer.get("weight_version")) != str(version):
+            raise SyncError(f"{address}: says {str(answer)[:200]} after an update to version {version}")
+    except HttpError as error:
+        if error.status != 404:
+            raise
+    await request(address, "POST", "/resume", seconds=_CONTROL_SECONDS)
+
+
+def local_address(server: Address) -> str:
+    """Address of this machine that reaches the server."""
+    family, kind, protocol, _, target = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as link:
+        link.connect(target)  # sends nothing
+        return str(link.getsockname()[0])

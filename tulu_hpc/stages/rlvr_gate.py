@@ -1,0 +1,130 @@
+"""The mismatch gate: nothing is learned from samples whose log-probs the trainer cannot reproduce."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tulu_hpc.config.schema import RlvrConfig
+from tulu_hpc.data.loader import pack_items
+from tulu_hpc.data.packed_batch import Item, PackedBatch, TokenSequence
+from tulu_hpc.rollout.engine import Request
+from tulu_hpc.rollout.sampling import derive_seed
+from tulu_hpc.stages.rlvr_metrics import Mismatch, MismatchError, breach
+from tulu_hpc.stages.served import ServedEngine
+from tulu_hpc.training.runner import row_multiple
+
+if TYPE_CHECKING:
+    from tulu_hpc.stages.rlvr_step import Learner
+
+# In fp32 engine and trainer compute the same function: a larger difference of log-probs means that one is wrong.
+FLOAT32_LIMIT = 1e-3
+_PROBED_PROMPTS = 8
+
+
+def check_first(learner: Learner, step: int, minibatches: Sequence[Sequence[PackedBatch]]) -> None:
+    """Compare before anything is trained, at the price of a forward pass; fp32 only, where the answer is exact.
+
+    Raises:
+        MismatchError: see `require_match`.
+    """
+    if learner.config.model.dtype != "float32":
+        return
+    mismatch = Mismatch()
+    for packs in minibatches:
+        for pack, logprobs_K in zip(packs, learner.trainer.runner.logprobs(packs), strict=True):
+            mismatch.add(logprobs_K.cpu(), pack.per_target["behaviour_logprobs"])
+    require_match(learner, step, mismatch, "nothing was trained")
+
+
+def require_match(learner: Learner, step: int, mismatch: Mismatch, consequence: str) -> None:
+    """Stop the run on a breach, with a verdict where the engine has weights of its own. Collective.
+
+    Raises:
+        MismatchError: on every rank.
+    """
+    config = learner.config
+    found = breach(
+        learner.run.groups.all_gather_object(mismatch), _limit(config), config.rollout.mismatch_mult_prob_error
+    )
+    if found is None:
+        return
+    verdict = f": {diagnose(learner, learner.engine)}" if isinstance(learner.engine, ServedEngine) else ""
+    raise MismatchError(
+        f"step {step}: the rollout engine's log-probs differ from the trainer's {found}, with the same weights; "
+        f"{consequence}{verdict}"
+    )
+
+
+def _limit(config: RlvrConfig) -> float | None:
+    if config.rollout.mismatch_max is not None:
+        return config.rollout.mismatch_max
+    return FLOAT32_LIMIT if config.model.dtype == "float32" else None
+
+
+def diagnose(learner: Learner, engine: ServedEngine) -> str:
+    """Repeat the comparison with weights sent anew, once on fresh samples and once on scores. Collective.
+
+    Sampling agrees now: the samples were drawn with other weights. Only scoring agrees: what the engine reports when it
+    samples is of another distribution. Neither: the two compute different functions.
+    """
+    config = learner.config
+    engine.send_weights()
+    requests = [
+        Request(prompt.token_ids, learner.sampling, derive_seed("diagnose", config.run.seed, number), str(number))
+        for number, prompt in enumerate(learner.prompts[:_PROBED_PROMPTS])
+    ]
+    completions = engine.generate_batch(requests)
+    prompts = [torch.tensor(request.token_ids) for request in requests]
+    answers = [torch.tensor(completion.token_ids) for completion in completions]
+    sampled = torch.cat([torch.tensor(completion.logprobs) for completion in completions])
+    scored = engine.score([torch.cat(pair).tolist() for pair in zip(prompts, answers, strict=True)])
+    untempered = torch.cat(
+        [torch.tensor(each)[len(prompt) - 1 :] for each, prompt in zip(scored, prompts, strict=True)]
+    )
+    parts = []
+    for temperature, theirs in ((config.rollout.temperature, sampled), (1.0, untempered)):
+        part = Mismatch()
+        part.add(_trainer_logprobs(learner, prompts, answers, temperature), theirs)
+        parts.append(part)
+    limits = (_limit(config), config.rollout.mismatch_mult_prob_error)
+    largest = [f"{part.largest:.2g}" for part in parts]
+    if breach(parts[:1], *limits) is None:
+        return f"WEIGHTS: sent anew they agree (to {largest[0]}), so the samples were drawn with other weights"
+    if breach(parts[1:], *limits) is None:
+        return (
+            f"SAMPLING TRANSFORM: with the weights sent anew the engine scores tokens as the trainer does (to "
+            f"{largest[1]}), but samples with log-probs that differ by {largest[0]}: compare temperature, top_p and "
+            f"--logprobs-mode"
+        )
+    return (
+        f"KERNEL NUMERICS: with the weights sent anew sampled ({largest[0]}) and scored ({largest[1]}) log-probs both "
+        f"differ: the engine computes another function (dtype, rope, attention or norm kernels)"
+    )
+
+
+def _trainer_logprobs(
+    learner: Learner, prompts: Sequence[Tensor], answers: Sequence[Tensor], temperature: float
+) -> Tensor:
+    """Of all answers' tokens, one after another. Packs keep neither order nor place, so each answer is alone in one."""
+    config = learner.config
+    packs = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        packs += pack_items(
+            [Item("group", [TokenSequence(answer)], prompt=prompt)],
+            capacity=config.train.pack_rows,
+            multiple=row_multiple(learner.run.groups.layout, config.parallel.context_split),
+            share=config.train.prefix_sharing,
+            pad_id=learner.pad_id,
+        )
+    models = learner.trainer.models
+    for model in models:
+        model.logprob_temperature = temperature
+    try:
+        return torch.cat([each.cpu() for each in learner.trainer.runner.logprobs(packs)])
+    finally:
+        for model in models:
+            model.logprob_temperature = config.rollout.temperature
