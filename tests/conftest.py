@@ -1,7 +1,7 @@
 """Triton's interpreter is chosen before triton is imported anywhere; with a GPU its kernels run on that instead."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,15 @@ SOAKED = pytest.StashKey[dict[str, Figures]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-summary", metavar="FILE", help="write what passed on which GPU (tests/gpu) as JSON")
     parser.addoption("--soak-summary", metavar="FILE", help="write the figures of the tests marked soak as JSON")
+
+
+@pytest.fixture(autouse=True)
+def _torch_settings() -> Iterator[None]:
+    """A stage that runs in the test process sets threads and determinism; the next test must not inherit them."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def pytest_configure(config: pytest.Config) -> None:
