@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -176,6 +177,7 @@ class TestReferenceCache:
         pairs = tiny.make_items("ppppppp")
         with single_process():
             wanted = self.columns(self.attach(model, tmp_path / "whole", pairs))
+        gc.collect()  # a process group of this process must not die in the child: its threads are not there
         pid = os.fork()
         if pid == 0:
             torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
@@ -246,6 +248,7 @@ class TestReferenceCache:
 
 def _in_child(work: Callable[[], Any], seconds: float) -> int:
     """Exit code of a forked process that does the work, or is ended by the kernel after so many seconds."""
+    gc.collect()  # as above
     pid = os.fork()
     if pid == 0:
         code = 1
