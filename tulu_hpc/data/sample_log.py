@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from tulu_hpc.telemetry.files import write_atomically
+
 ITEMS = "items.txt"
 
 
@@ -44,12 +46,12 @@ def begin(directory: Path, item_ids: Sequence[str], *, resume_step: int) -> bool
         if file.read_text() != text:
             raise SampleAuditError(f"{file}: holds the ids of other data; remove {directory} or give another run.dir")
     else:
-        _replace(file, text)
+        write_atomically(file, text)
     for log in _logs(directory):
         lines = log.read_text().splitlines(keepends=True)
         kept = [line for line in lines if (row := _row(line)) is not None and row["step"] <= resume_step]
         if len(kept) < len(lines):
-            _replace(log, "".join(kept)) if kept else log.unlink()
+            write_atomically(log, "".join(kept)) if kept else log.unlink()
     return True
 
 
@@ -161,9 +163,3 @@ def _row(line: str) -> dict[str, Any] | None:
     except ValueError:  # half a line: the process was killed while writing it
         return None
     return row
-
-
-def _replace(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text)
-    partial.replace(file)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tulu_hpc.telemetry.files import write_atomically
 from tulu_hpc.telemetry.html import Html, join, page, paragraph, pre, section, table, tag
 
 
@@ -140,10 +141,7 @@ class Certificate:
 
     def write(self, directory: Path) -> tuple[Path, Path]:
         """Write `audit.json` and `audit.html`; returns their paths."""
-        directory.mkdir(parents=True, exist_ok=True)
         targets = directory / "audit.json", directory / "audit.html"
         for target, text in zip(targets, (self.to_json(), self.to_html()), strict=True):
-            partial = target.with_name(f".{target.name}.partial")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(target)
+            write_atomically(target, text)
         return targets

@@ -7,7 +7,6 @@ run leaves a line in `{run.root}/unseen_runs.jsonl`: a set that is looked at oft
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from tulu_hpc.stages.rollouts import (
     sampling_of,
     verify_in_replica,
 )
+from tulu_hpc.telemetry.files import write_atomically
 from tulu_hpc.verifiers.sandbox import VerifierPool
 
 UNSEEN_LOG = "unseen_runs.jsonl"
@@ -194,11 +194,7 @@ def _timing(
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
-    """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 def _log_unseen(config: EvalConfig, model: OpenModel, path: Path) -> None:

@@ -40,6 +40,7 @@ from tulu_hpc.stages.rollouts import (
     verify_in_replica,
 )
 from tulu_hpc.stages.step_files import check_files, outputs_of
+from tulu_hpc.telemetry.files import write_atomically
 from tulu_hpc.telemetry.progress import Progress
 from tulu_hpc.verifiers.sandbox import VerifierPool
 
@@ -232,9 +233,7 @@ def _publish(
         "config": config.model_dump(mode="json"),
         "verifier": verdicts,
     }
-    partial = statistics.with_name(statistics.name + ".partial")
-    partial.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(statistics)
+    write_atomically(statistics, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     shutil.rmtree(parts)
     model.say(
         f"prefer: {counts.pairs} pairs from {counts.prompts} prompts "

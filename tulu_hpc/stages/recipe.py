@@ -29,6 +29,7 @@ from tulu_hpc.config.run_directory import MAY_DIFFER, differences
 from tulu_hpc.config.verbs import SCHEMAS
 from tulu_hpc.stages.child import ChildResult, run_child
 from tulu_hpc.stages.step_files import check_files, digests, files_below, inputs_of, missing, outputs_of
+from tulu_hpc.telemetry.files import write_atomically
 from tulu_hpc.telemetry.progress import duration
 from tulu_hpc.telemetry.report import ReportInputs, Timing, score_lines, write_report
 
@@ -212,7 +213,7 @@ def _run_step(step: Step, root: Path, state: Path, lock: int, gone: Sequence[str
         seconds=round(result.seconds, 3),
         finished=time.strftime("%Y-%m-%d %H:%M:%S"),
     )
-    _write_atomically(_marker_path(state, step.name), marker.model_dump_json(indent=1))
+    write_atomically(_marker_path(state, step.name), marker.model_dump_json(indent=1))
     if result.stopped_by is not None:  # it finished all the same
         _stop(step, result.stopped_by)
     return marker
@@ -335,9 +336,3 @@ def _report_inputs(
         total_seconds=seconds,
         configs=configs,
     )
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

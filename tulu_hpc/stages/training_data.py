@@ -14,6 +14,7 @@ from tulu_hpc.data.packed_batch import Item
 from tulu_hpc.data.preview import preview_page
 from tulu_hpc.data.records import read_records
 from tulu_hpc.data.tokenizer import load_tokenizer
+from tulu_hpc.telemetry.files import write_atomically
 
 Kind = Literal["sft", "preference"]
 
@@ -65,7 +66,4 @@ def preview(config: SftConfig | DpoConfig | RewardModelConfig, *, rows: int, out
 def write_preview(target: Path, items: list[Item], tokenizer: Any, *, title: str, rows: int, lines: list[str]) -> None:
     """Write the page of `data.preview`; it appears whole or not at all."""
     text = preview_page(items, tokenizer, title=title, rows=rows, seed=0, summaries=lines)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(target)
+    write_atomically(target, text)

@@ -29,6 +29,7 @@ from tulu_hpc.parallel.communication import timed_collectives
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
 from tulu_hpc.stages.throughput import STRAGGLERS, Throughput, total_peak
 from tulu_hpc.stages.training_data import read_items, write_preview
+from tulu_hpc.telemetry.files import write_atomically
 from tulu_hpc.telemetry.metrics import MetricLogger, truncate_after
 from tulu_hpc.telemetry.profiling import StepProfiler
 from tulu_hpc.telemetry.progress import Progress
@@ -345,9 +346,7 @@ def finish(run: Run, trainer: Trainer) -> Path:
     if run.groups.is_main:
         exported = sorted(file.name for file in run.directory.hf.iterdir()) if config.train.export_hf else []
         mark = run.directory.root / FINISHED
-        partial = mark.with_suffix(".partial")
-        partial.write_text(json.dumps({"step": trainer.step, "exported": exported}) + "\n")
-        partial.replace(mark)
+        write_atomically(mark, json.dumps({"step": trainer.step, "exported": exported}) + "\n")
     run.groups.barrier()
     run.say(f"finished {trainer.step} steps: {run.directory.root}")
     return run.directory.root

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from tulu_hpc.telemetry.files import write_atomically
 from tulu_hpc.telemetry.html import Html, details, join, page, paragraph, pre, section, table, tag
 from tulu_hpc.telemetry.metrics import TelemetryError, read_metrics
 from tulu_hpc.telemetry.plots import Bar, Series, bar_plot, line_plot
@@ -97,10 +98,7 @@ def write_report(inputs: ReportInputs, output: Path) -> Path:
         _config_section(inputs),
     ]
     text = page(inputs.title, join(part for part in parts if part))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(output)
+    write_atomically(output, text)
     return output
 
 
