@@ -190,6 +190,7 @@ def test_it_holds_at_several_layouts(files: Path) -> None:
             ("dpo", [], {}),
         ],
     }
+    packs: dict[tuple[Any, ...], int] = {}
     for world, each in cases.items():
         for (verb, overrides, options), certificate in zip(each, run_forked(world, sound, files, each)[0], strict=True):
             assert certificate.holds, (verb, overrides, certificate.verdict())
@@ -197,6 +198,9 @@ def test_it_holds_at_several_layouts(files: Path) -> None:
             counts = {check.name: len(check.differences) for check in certificate.checks}
             assert counts["hidden"] == layers + 2 and counts["weights"] == counts["gradients"] == 3 + 9 * layers
             assert counts["logprobs"] == (6 if verb == "sft" else 12)
+            packs[verb, world, *overrides] = certificate.subject["packs"]
+    alone, staged = packs["sft", 1, "sft.normalisation=token_mean"], packs["sft", 2, "parallel.pipeline=2"]
+    assert alone == staged > 0, "both stages have the same packs"
 
 
 def verb_twice(files: Path, target: Path) -> list[tuple[int, str]]:

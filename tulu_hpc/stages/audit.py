@@ -246,9 +246,10 @@ def compared(
     layers = architecture.num_hidden_layers
     with compare.captured(trainer.models, layers) as outputs:
         logprobs = trainer.runner.logprobs(data.packs)
+    batches = trainer.runner.prepare(data.packs)
     hidden = compare.hidden_differences(
         outputs,
-        trainer.runner.prepare(data.packs),
+        batches,
         truth,
         groups,
         layers=layers,
@@ -261,7 +262,7 @@ def compared(
     else:
         loss_fn = dpo.batch_loss(run, config, data)
     trainer.zero_grad()
-    terms = trainer.runner.forward_backward(trainer.runner.prepare(data.packs), loss_fn)
+    terms = trainer.runner.forward_backward(batches, loss_fn)
     loss = global_loss(groups, terms, whole_on_every_context_rank=isinstance(config, DpoConfig))
     with compare.gradients_as_parameters(trainer.chunks, groups):
         stream = iter_hf_tensors(trainer.models, architecture, groups)
@@ -290,7 +291,9 @@ def global_loss(groups: Groups, terms: Sequence[Terms], *, whole_on_every_contex
 def subject(run: Run, config: AuditedConfig, items: Sequence[Item], data: StepData, dtype: str) -> dict[str, Any]:
     """What the certificate is about. Collective."""
     fingerprint = reference.weights_fingerprint(Path(config.model.path), run.groups, dtype=dtype)
-    packs = sum(len(share) for share in run.groups.all_gather_object(list(range(len(data.packs)))))
+    groups = run.groups
+    counts = groups.tp_rank == groups.cp_rank == groups.pp_rank == 0  # a replica's other ranks have the same packs
+    packs = sum(groups.all_gather_object(len(data.packs) if counts else 0))
     device = default_device()
     parallel = config.parallel
     layout = (
