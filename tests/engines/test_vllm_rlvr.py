@@ -18,7 +18,7 @@ from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.schema import RlvrConfig
 from tulu_hpc.rollout.server import Server
 from tulu_hpc.rollout.vllm import VllmEngine
-from tulu_hpc.stages import rlvr, rlvr_step, served
+from tulu_hpc.stages import rlvr, rlvr_rollouts, served
 
 pytestmark = [real.needs_vllm, pytest.mark.timeout(450)]
 
@@ -49,7 +49,7 @@ def config_of(inputs: Path, run: Path, **changes: Any) -> RlvrConfig:
 
 def _always_learn(config: RlvrConfig) -> None:
     """Every group gets advantages, so that weights change and log-probs are compared at every step."""
-    rlvr_step.group_advantages = lambda rewards, kind: [float(n % 2) - 0.5 for n in range(len(rewards))]
+    rlvr_rollouts.group_advantages = lambda rewards, kind: [float(n % 2) - 0.5 for n in range(len(rewards))]
     rlvr.run(config)
 
 

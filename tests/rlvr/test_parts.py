@@ -17,7 +17,7 @@ from tulu_hpc.data.datasets import Prompt
 from tulu_hpc.data.records import Message, RlvrRecord
 from tulu_hpc.objectives.advantages import group_advantages
 from tulu_hpc.rollout.engine import Completion
-from tulu_hpc.stages import rlvr, rlvr_step
+from tulu_hpc.stages import rlvr, rlvr_packs, rlvr_rollouts
 from tulu_hpc.stages.rlvr_metrics import (
     Mismatch,
     RolloutStats,
@@ -48,20 +48,20 @@ def prompts(count: int) -> list[Prompt]:
 
 def test_prompts_of_step_are_epochs_without_gaps(tmp_path: Path) -> None:
     config = rlvr_config(tmp_path, tmp_path / "r", rlvr__prompts_per_step=4)
-    chosen = [rlvr_step.prompts_of_step(prompts(10), config, step) for step in range(1, 6)]
+    chosen = [rlvr_rollouts.prompts_of_step(prompts(10), config, step) for step in range(1, 6)]
     order = [int(prompt.record.id) for step in chosen for prompt in step]
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
-    again = rlvr_step.prompts_of_step(prompts(10), config, 3)
+    again = rlvr_rollouts.prompts_of_step(prompts(10), config, 3)
     assert again == chosen[2]  # a function of the step alone
     other = rlvr_config(tmp_path, tmp_path / "r", rlvr__prompts_per_step=4, run__seed=4)
-    assert rlvr_step.prompts_of_step(prompts(10), other, 1) != chosen[0]
+    assert rlvr_rollouts.prompts_of_step(prompts(10), other, 1) != chosen[0]
     plain = rlvr_config(tmp_path, tmp_path / "r", rlvr__prompts_per_step=4, data__shuffle=False)
-    assert [p.record.id for p in rlvr_step.prompts_of_step(prompts(10), plain, 3)] == ["8", "9", "0", "1"]
+    assert [p.record.id for p in rlvr_rollouts.prompts_of_step(prompts(10), plain, 3)] == ["8", "9", "0", "1"]
 
 
 def test_minibatches_share_the_prompts(tmp_path: Path) -> None:
     config = rlvr_config(tmp_path, tmp_path / "r", rlvr__prompts_per_step=7, rlvr__minibatches=3)
-    assert [rlvr_step.minibatch_of(number, config) for number in range(7)] == [0, 0, 0, 1, 1, 2, 2]
+    assert [rlvr_packs.minibatch_of(number, config) for number in range(7)] == [0, 0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tests.rlvr import tiny_rlvr
 from tests.rlvr.tiny_rlvr import in_processes, metrics, rlvr_config, run_and_die, same_metrics
 from tulu_hpc.config.schema import RlvrConfig
 from tulu_hpc.rollout import embedded
-from tulu_hpc.stages import rlvr, rlvr_step
+from tulu_hpc.stages import rlvr, rlvr_rollouts
 from tulu_hpc.training.checkpoint import valid_steps
 
 
@@ -135,7 +135,7 @@ def _with_a_wrong_engine(config: RlvrConfig) -> None:
     embedded.EmbeddedEngine.generate_batch = wrong  # type: ignore[method-assign]  # of this forked process only
     # Rewards that differ in every group, so that the first answer is trained on.
     scores = iter(range(10**6))
-    rlvr_step.group_advantages = lambda rewards, kind: [float(next(scores)) for _ in rewards]
+    rlvr_rollouts.group_advantages = lambda rewards, kind: [float(next(scores)) for _ in rewards]
     rlvr.run(config)
 
 

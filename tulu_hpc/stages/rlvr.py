@@ -15,7 +15,9 @@ from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.models.llama import Llama
 from tulu_hpc.rollout.embedded import EmbeddedEngine
 from tulu_hpc.stages import training_run
-from tulu_hpc.stages.rlvr_step import Learner, fingerprint, rollout_step
+from tulu_hpc.stages.rlvr_learner import Learner
+from tulu_hpc.stages.rlvr_rollouts import fingerprint
+from tulu_hpc.stages.rlvr_step import rollout_step
 from tulu_hpc.stages.rollouts import load_prompts, open_engine, open_verifiers, refuse_stop_strings, sampling_of
 from tulu_hpc.stages.served import ServedEngine, check_served, start_servers
 from tulu_hpc.stages.training_run import Run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,12 +12,10 @@ from tulu_hpc.data.loader import pack_items
 from tulu_hpc.data.packed_batch import Item, PackedBatch, TokenSequence
 from tulu_hpc.rollout.engine import Request
 from tulu_hpc.rollout.sampling import derive_seed
+from tulu_hpc.stages.rlvr_learner import Learner
 from tulu_hpc.stages.rlvr_metrics import Mismatch, MismatchError, breach
 from tulu_hpc.stages.served import ServedEngine
 from tulu_hpc.training.runner import row_multiple
-
-if TYPE_CHECKING:
-    from tulu_hpc.stages.rlvr_step import Learner
 
 # In fp32 engine and trainer compute the same function: a larger difference of log-probs means that one is wrong.
 FLOAT32_LIMIT = 1e-3

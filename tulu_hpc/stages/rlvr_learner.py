@@ -1,0 +1,32 @@
+"""What one process holds for reinforcement learning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tulu_hpc.config.schema import RlvrConfig
+from tulu_hpc.data.datasets import Prompt
+from tulu_hpc.rollout.embedded import EmbeddedEngine
+from tulu_hpc.rollout.engine import Sampling
+from tulu_hpc.stages.served import ServedEngine
+from tulu_hpc.stages.training_run import Run
+from tulu_hpc.training.runner import Runner
+from tulu_hpc.training.trainer import Trainer
+from tulu_hpc.verifiers.sandbox import VerifierPool
+
+
+@dataclass
+class Learner:
+    """What one process needs for a rollout step; `reference` is None when kl_coef is 0."""
+
+    run: Run
+    config: RlvrConfig
+    trainer: Trainer
+    reference: Runner | None
+    engine: EmbeddedEngine | ServedEngine
+    pool: VerifierPool | None  # on the leader of the replica
+    prompts: list[Prompt]
+    sampling: Sampling
+    tokenizer: Any
+    pad_id: int

@@ -1,0 +1,54 @@
+"""The policy loss of a minibatch. Shapes: K scored tokens of this rank, Q sequences of a pack."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tulu_hpc.data.packed_batch import PackedBatch
+from tulu_hpc.models.llama import TokenLogprobs
+from tulu_hpc.objectives.policy import policy_terms
+from tulu_hpc.objectives.terms import Terms, own_targets, sequence_lengths
+from tulu_hpc.parallel.context import RankBatch
+from tulu_hpc.stages.rlvr_learner import Learner
+from tulu_hpc.stages.rlvr_metrics import Mismatch
+from tulu_hpc.training.normalisation import GlobalCounts
+from tulu_hpc.training.runner import LossFn
+
+
+def policy_loss(learner: Learner, counts: GlobalCounts, watch: Mismatch | None) -> LossFn:
+    """The loss of one minibatch of all ranks. `watch` collects the difference between engine and trainer."""
+    rlvr, groups = learner.config.rlvr, learner.run.groups
+
+    def loss(output: TokenLogprobs, batch: RankBatch) -> Terms:
+        pack = batch.batch
+        advantages_Q = pack.per_sequence.get("advantage", output.logprobs_K.new_zeros(0))
+        sequence_id_K = own_targets(pack.sequence_id_K, batch)
+        behaviour_K = _column(pack, "behaviour_logprobs", batch, output.logprobs_K)
+        if watch is not None:
+            watch.add(output.logprobs_K.detach(), behaviour_K)
+        return policy_terms(
+            output.logprobs_K,
+            behaviour_logprobs_K=behaviour_K,
+            advantages_K=advantages_Q[sequence_id_K],
+            sequence_id_K=sequence_id_K,
+            lengths_Q=sequence_lengths(pack.sequence_id_K, pack.num_sequences),
+            kind=rlvr.kind,
+            normalisation=rlvr.normalisation,
+            global_count=counts.targets if rlvr.normalisation == "token_mean" else counts.sequences,
+            clip_low=rlvr.clip_low,
+            clip_high=rlvr.clip_high,
+            kl_coef=rlvr.kl_coef,
+            kl_kind=rlvr.kl_kind,
+            reference_logprobs_K=(
+                _column(pack, "reference_logprobs", batch, output.logprobs_K) if learner.reference is not None else None
+            ),
+            cp_group=groups.pg.cp if groups.cp_size > 1 else None,
+        )
+
+    return loss
+
+
+def _column(pack: PackedBatch, name: str, batch: RankBatch, like_K: Tensor) -> Tensor:
+    """A column of the pack at this rank's targets; an empty pack has no columns."""
+    column = pack.per_target.get(name)
+    return like_K.new_zeros(0) if column is None else own_targets(column, batch)
