@@ -18,13 +18,8 @@ from tulu_hpc.data.records import Message, RlvrRecord
 from tulu_hpc.objectives.advantages import group_advantages
 from tulu_hpc.rollout.engine import Completion
 from tulu_hpc.stages import rlvr, rlvr_packs, rlvr_rollouts
-from tulu_hpc.stages.rlvr_metrics import (
-    Mismatch,
-    RolloutStats,
-    breach,
-    mismatch_metrics,
-    rollout_metrics,
-)
+from tulu_hpc.stages.rlvr_metrics import RolloutStats, rollout_metrics
+from tulu_hpc.stages.rlvr_mismatch import Mismatch, breach, mismatch_metrics
 from tulu_hpc.stages.rollouts import open_engine
 
 
@@ -46,17 +41,17 @@ def prompts(count: int) -> list[Prompt]:
     return [Prompt([i], RlvrRecord([Message("user", str(i))], ["1"], ["gsm8k"], "s", str(i))) for i in range(count)]
 
 
-def test_prompts_of_step_are_epochs_without_gaps(tmp_path: Path) -> None:
+def test_prompts_are_epochs_without_gaps(tmp_path: Path) -> None:
     config = rlvr_config(tmp_path, tmp_path / "r", rlvr__prompts_per_step=4)
-    chosen = [rlvr_rollouts.prompts_of_step(prompts(10), config, step) for step in range(1, 6)]
+    chosen = [rlvr_rollouts.prompts_from(prompts(10), config, 4 * step, 4) for step in range(5)]
     order = [int(prompt.record.id) for step in chosen for prompt in step]
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
-    again = rlvr_rollouts.prompts_of_step(prompts(10), config, 3)
-    assert again == chosen[2]  # a function of the step alone
+    again = rlvr_rollouts.prompts_from(prompts(10), config, 8, 4)
+    assert again == chosen[2]  # a function of the position alone
     other = rlvr_config(tmp_path, tmp_path / "r", rlvr__prompts_per_step=4, run__seed=4)
-    assert rlvr_rollouts.prompts_of_step(prompts(10), other, 1) != chosen[0]
+    assert rlvr_rollouts.prompts_from(prompts(10), other, 0, 4) != chosen[0]
     plain = rlvr_config(tmp_path, tmp_path / "r", rlvr__prompts_per_step=4, data__shuffle=False)
-    assert [p.record.id for p in rlvr_rollouts.prompts_of_step(prompts(10), plain, 3)] == ["8", "9", "0", "1"]
+    assert [p.record.id for p in rlvr_rollouts.prompts_from(prompts(10), plain, 8, 4)] == ["8", "9", "0", "1"]
 
 
 def test_minibatches_share_the_prompts(tmp_path: Path) -> None:
@@ -99,7 +94,7 @@ def test_breach() -> None:
     broken.add(torch.tensor([math.nan, 0.0]), torch.tensor([0.0, 0.0]))
     assert breach([second], 0.2, 2.0) is None and breach([Mismatch()], 0.2, 2.0) is None
     assert "up to 0.5 (limit 0.2) over 3 tokens" in (breach([first, second], 0.2, 2.0) or "")
-    assert "inf" in (breach([second, broken], 0.2, 2.0) or "")
+    assert "by up to nan" in (breach([second, broken], 0.2, 2.0) or "")
     # Without a limit of the largest difference, as in bf16, the mean still counts, a NaN in it too.
     assert breach([first, second], None, 1.3) is None
     assert "1.251 on average (limit 1.2)" in (breach([first, second], None, 1.2) or "")

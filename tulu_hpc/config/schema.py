@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.layer_spec import check_layer_spec
+from tulu_hpc.config.rlvr_sections import RlvrSection
 from tulu_hpc.config.sections import (
     DataSection,
     FileName,
@@ -89,26 +90,6 @@ class DpoSection(Section):
         return self.kind not in ("simpo", "orpo")
 
 
-class RlvrSection(Section):
-    kind: Literal["grpo"] = "grpo"
-    prompts_per_step: int = Field(ge=1)
-    samples_per_prompt: int = Field(ge=2)
-    epochs: int = Field(default=1, ge=1, description="Passes over the samples of one step.")
-    minibatches: int = Field(default=1, ge=1, description="Optimizer steps per pass.")
-    clip_low: float = Field(default=0.2, ge=0)
-    clip_high: float = Field(default=0.2, ge=0)
-    kl_coef: float = Field(default=0.01, ge=0)
-    kl_kind: Literal["k1", "k2", "k3"] = "k3"
-    advantage: Literal["standard", "centered"] = Field(
-        default="standard", description="(r - mean) / (std + 1e-8) of the group, or r - mean."
-    )
-    normalisation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    verification_reward: float = 10.0
-    no_eos_penalty: float = Field(
-        default=0.0, description="Reward of a completion without end-of-text; 0: it scores 0."
-    )
-
-
 class StageConfig(Section):
     """What every training verb needs."""
 
@@ -187,6 +168,15 @@ class RlvrConfig(StageConfig):
     rlvr: RlvrSection
     rollout: RolloutSection = RolloutSection()
     verifier: VerifierSection = VerifierSection()
+
+    @model_validator(mode="after")
+    def _overlong_buffer(self) -> Self:
+        if self.rlvr.overlong_buffer > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"rlvr.overlong_buffer {self.rlvr.overlong_buffer} is longer than "
+                f"rollout.max_new_tokens {self.rollout.max_new_tokens}"
+            )
+        return self
 
 
 class PreferSection(Section):

@@ -1,4 +1,4 @@
-"""Reinforcement learning with verifiable rewards: GRPO, on rollouts of the model that is trained.
+"""Reinforcement learning with verifiable rewards: the GRPO family, on rollouts of the model that is trained.
 
 The parts of a step are in `rlvr_step`. Every random number derives from (run.seed, step, prompt, sample), so a resumed
 run repeats the one that was not interrupted, and the samples do not depend on the layout.
@@ -40,6 +40,8 @@ def run(config: RlvrConfig) -> Path:
         MismatchError: engine and trainer disagree about log-probs.
         EngineError: the rollout servers do not start, or are lost again and again.
         VerifierError: too many verdicts of a step were lost.
+        SamplingError: dynamic sampling did not fill a step.
+        StaleError: samples of older weights than allowed.
         Preempted: the run was asked to stop; its state is saved.
     """
     check(config)
@@ -132,6 +134,7 @@ def resume(learner: Learner) -> int:
             f"{run.directory.root}: cannot resume, the prompts of data.path have changed since it was saved"
         )
     learner.engine.version = learner.trainer.step
+    learner.position, learner.versions = int(extra["prompt_position"]), list(extra["versions"])
     run.say(f"resumed at step {extra['rollout_step']} of {learner.config.train.steps}")
     return int(extra["rollout_step"])
 
@@ -175,7 +178,12 @@ def fit(learner: Learner, first: int) -> None:
             last = step == train.steps
             if last or stopping or (train.save_every and step % train.save_every == 0):
                 # Without an update since the last one nothing is saved: those steps are repeated, with the same result.
-                extra = {"rollout_step": step, "prompts": fingerprint(learner.prompts)}
+                extra = {
+                    "rollout_step": step,
+                    "prompts": fingerprint(learner.prompts),
+                    "prompt_position": learner.position,
+                    "versions": learner.versions,
+                }
                 saver.save(extra, wait=last or stopping)
             if stopping and not last:
                 run.say(f"stopped on request after step {step}; start again to continue")

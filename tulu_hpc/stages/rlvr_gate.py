@@ -13,7 +13,8 @@ from tulu_hpc.data.packed_batch import Item, PackedBatch, TokenSequence
 from tulu_hpc.rollout.engine import Request
 from tulu_hpc.rollout.sampling import derive_seed
 from tulu_hpc.stages.rlvr_learner import Learner
-from tulu_hpc.stages.rlvr_metrics import Mismatch, MismatchError, breach
+from tulu_hpc.stages.rlvr_mismatch import Mismatch, MismatchError, breach, places
+from tulu_hpc.stages.rollouts import is_replica_leader
 from tulu_hpc.stages.served import ServedEngine
 from tulu_hpc.training.runner import row_multiple
 
@@ -30,11 +31,32 @@ def check_first(learner: Learner, step: int, minibatches: Sequence[Sequence[Pack
     """
     if learner.config.model.dtype != "float32":
         return
-    mismatch = Mismatch()
-    for packs in minibatches:
-        for pack, logprobs_K in zip(packs, learner.trainer.runner.logprobs(packs), strict=True):
-            mismatch.add(logprobs_K.cpu(), pack.per_target["behaviour_logprobs"])
+    columns = [[each.cpu() for each in learner.trainer.runner.logprobs(packs)] for packs in minibatches]
+    require_match(learner, step, _compare(learner, minibatches, columns), "nothing was trained")
+
+
+def check_proximal(learner: Learner, step: int, minibatches: Sequence[Sequence[PackedBatch]]) -> Mismatch:
+    """The same on the column `proximal_logprobs`, which costs nothing; what was found, on the leader of each replica.
+
+    Raises:
+        MismatchError: see `require_match`.
+    """
+    columns = [[pack.per_target["proximal_logprobs"] for pack in packs] for packs in minibatches]
+    mismatch = _compare(learner, minibatches, columns)
     require_match(learner, step, mismatch, "nothing was trained")
+    return mismatch
+
+
+def _compare(
+    learner: Learner, minibatches: Sequence[Sequence[PackedBatch]], columns: Sequence[Sequence[Tensor]]
+) -> Mismatch:
+    """Of whole packs, which every rank of a replica has: the leader counts them."""
+    mismatch = Mismatch()
+    if is_replica_leader(learner.run.groups):
+        for packs, columns_K in zip(minibatches, columns, strict=True):
+            for pack, logprobs_K in zip(packs, columns_K, strict=True):
+                mismatch.add(logprobs_K, pack.per_target["behaviour_logprobs"], places(pack))
+    return mismatch
 
 
 def require_match(learner: Learner, step: int, mismatch: Mismatch, consequence: str) -> None:

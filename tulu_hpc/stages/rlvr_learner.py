@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tulu_hpc.config.schema import RlvrConfig
@@ -15,10 +15,18 @@ from tulu_hpc.training.runner import Runner
 from tulu_hpc.training.trainer import Trainer
 from tulu_hpc.verifiers.sandbox import VerifierPool
 
+_KEPT_VERSIONS = 64  # no sample may be older than this many steps
+
 
 @dataclass
 class Learner:
-    """What one process needs for a rollout step; `reference` is None when kl_coef is 0."""
+    """What one process needs for a rollout step.
+
+    Attributes:
+        reference: None when kl_coef is 0.
+        position: in the stream of prompts: those before it belong to earlier steps.
+        versions: of the trainer's weights at the start of the last rollout steps, ascending.
+    """
 
     run: Run
     config: RlvrConfig
@@ -30,3 +38,10 @@ class Learner:
     sampling: Sampling
     tokenizer: Any
     pad_id: int
+    position: int = 0
+    versions: list[int] = field(default_factory=list)
+
+    def begin_step(self) -> None:
+        """Note the weights that a step starts with."""
+        if self.versions[-1:] != [self.trainer.step]:
+            self.versions = [*self.versions[1 - _KEPT_VERSIONS :], self.trainer.step]

@@ -10,7 +10,7 @@ from tulu_hpc.objectives.policy import policy_terms
 from tulu_hpc.objectives.terms import Terms, own_targets, sequence_lengths
 from tulu_hpc.parallel.context import RankBatch
 from tulu_hpc.stages.rlvr_learner import Learner
-from tulu_hpc.stages.rlvr_metrics import Mismatch
+from tulu_hpc.stages.rlvr_mismatch import Mismatch, places
 from tulu_hpc.training.normalisation import GlobalCounts
 from tulu_hpc.training.runner import LossFn
 
@@ -18,6 +18,7 @@ from tulu_hpc.training.runner import LossFn
 def policy_loss(learner: Learner, counts: GlobalCounts, watch: Mismatch | None) -> LossFn:
     """The loss of one minibatch of all ranks. `watch` collects the difference between engine and trainer."""
     rlvr, groups = learner.config.rlvr, learner.run.groups
+    low, cap = rlvr.importance_bounds
 
     def loss(output: TokenLogprobs, batch: RankBatch) -> Terms:
         pack = batch.batch
@@ -25,7 +26,7 @@ def policy_loss(learner: Learner, counts: GlobalCounts, watch: Mismatch | None) 
         sequence_id_K = own_targets(pack.sequence_id_K, batch)
         behaviour_K = _column(pack, "behaviour_logprobs", batch, output.logprobs_K)
         if watch is not None:
-            watch.add(output.logprobs_K.detach(), behaviour_K)
+            watch.add(output.logprobs_K.detach(), behaviour_K, places(pack).of_rank(batch))
         return policy_terms(
             output.logprobs_K,
             behaviour_logprobs_K=behaviour_K,
@@ -35,13 +36,22 @@ def policy_loss(learner: Learner, counts: GlobalCounts, watch: Mismatch | None) 
             kind=rlvr.kind,
             normalisation=rlvr.normalisation,
             global_count=counts.targets if rlvr.normalisation == "token_mean" else counts.sequences,
+            constant_length=learner.config.rollout.max_new_tokens,
             clip_low=rlvr.clip_low,
             clip_high=rlvr.clip_high,
+            dual_clip=rlvr.dual_clip,
             kl_coef=rlvr.kl_coef,
             kl_kind=rlvr.kl_kind,
             reference_logprobs_K=(
                 _column(pack, "reference_logprobs", batch, output.logprobs_K) if learner.reference is not None else None
             ),
+            proximal_logprobs_K=(
+                _column(pack, "proximal_logprobs", batch, output.logprobs_K) if rlvr.importance != "none" else None
+            ),
+            importance=rlvr.importance,
+            importance_mode=rlvr.importance_mode,
+            importance_low=low,
+            importance_cap=cap,
             cp_group=groups.pg.cp if groups.cp_size > 1 else None,
         )
 

@@ -10,6 +10,7 @@ from tulu_hpc.config.schema import RlvrConfig
 from tulu_hpc.data.loader import pack_items
 from tulu_hpc.data.packed_batch import Item, PackedBatch, TokenSequence
 from tulu_hpc.stages.rlvr_learner import Learner
+from tulu_hpc.stages.rlvr_off_policy import steps_behind
 from tulu_hpc.stages.rlvr_rollouts import Group
 from tulu_hpc.training.runner import Runner, row_multiple
 
@@ -20,14 +21,22 @@ def minibatch_of(number: int, config: RlvrConfig) -> int:
 
 
 def pack_groups(learner: Learner, groups: Sequence[Group]) -> list[PackedBatch]:
-    """Packs of the groups that have an advantage, with the columns `advantage` and `behaviour_logprobs`."""
+    """Packs of the groups that have an advantage.
+
+    Columns: `advantage`, `sample` (number in the group) and `staleness` (in rollout steps) of an answer,
+    `behaviour_logprobs` of a token.
+    """
     config = learner.config
     items = [
         Item(
             "group",
             [TokenSequence(torch.tensor(completion.token_ids)) for completion in group.completions],
             prompt=torch.tensor(group.prompt.token_ids),
-            per_sequence={"advantage": group.advantages},
+            per_sequence={
+                "advantage": group.advantages,
+                "sample": [float(number) for number in range(len(group.completions))],
+                "staleness": [float(steps_behind(each, learner.versions)) for each in group.completions],
+            },
             per_target={"behaviour_logprobs": [torch.tensor(each.logprobs) for each in group.completions]},
             id=group.prompt.record.id,
             source=group.prompt.record.source,
@@ -45,6 +54,6 @@ def pack_groups(learner: Learner, groups: Sequence[Group]) -> list[PackedBatch]:
 
 
 def add_logprobs(name: str, runner: Runner, packs: Sequence[PackedBatch]) -> None:
-    """Add the log-probs of a model that is not trained here as a column of each pack; collective."""
+    """Add the log-probs of a model as it is now as a column of each pack; collective."""
     for pack, logprobs_K in zip(packs, runner.logprobs(packs), strict=True):
         pack.per_target[name] = logprobs_K.cpu()

@@ -10,7 +10,7 @@ import torch
 from tulu_hpc.config.schema import RlvrConfig
 from tulu_hpc.data.datasets import Prompt
 from tulu_hpc.data.records import content_id
-from tulu_hpc.objectives.advantages import group_advantages
+from tulu_hpc.objectives.advantages import group_advantages, overlong_share
 from tulu_hpc.rollout.engine import Completion, Request
 from tulu_hpc.rollout.sampling import derive_seed
 from tulu_hpc.rollout.texts import completion_text, ended_itself
@@ -25,17 +25,23 @@ class Group:
     number: int
     prompt: Prompt
     completions: list[Completion]
-    rewards: list[float]
+    verified: list[float]  # rewards of the verdicts alone
+    rewards: list[float]  # with the penalty for length
     advantages: list[float] | None  # None: all rewards are equal
 
 
-def prompts_of_step(prompts: Sequence[Prompt], config: RlvrConfig, step: int) -> list[Prompt]:
-    """The prompts of rollout step `step` (from 1): slices of an endless stream of epochs, each a seeded permutation."""
-    count, total = config.rlvr.prompts_per_step, len(prompts)
+def is_decided(group: Group) -> bool:
+    """Whether the verdicts prefer some answers to others (DAPO's 0 < correct < G, arXiv 2503.14476 eq. 11)."""
+    return min(group.verified) < max(group.verified)
+
+
+def prompts_from(prompts: Sequence[Prompt], config: RlvrConfig, position: int, count: int) -> list[Prompt]:
+    """`count` prompts from `position` of an endless stream of epochs on, each epoch a seeded permutation of all."""
+    total = len(prompts)
     orders: dict[int, list[int]] = {}
     chosen: list[Prompt] = []
-    for position in range((step - 1) * count, step * count):
-        epoch, offset = divmod(position, total)
+    for place in range(position, position + count):
+        epoch, offset = divmod(place, total)
         if epoch not in orders:
             if config.data.shuffle:
                 generator = torch.Generator().manual_seed(derive_seed("prompts", config.run.seed, epoch) >> 1)
@@ -46,14 +52,25 @@ def prompts_of_step(prompts: Sequence[Prompt], config: RlvrConfig, step: int) ->
     return chosen
 
 
-def generate(learner: Learner, step: int) -> list[tuple[int, Prompt, list[Completion]]]:
-    """Answers to this replica's share of the step's prompts: (number of the prompt, prompt, answers)."""
+def generate(
+    learner: Learner, step: int, numbers: Sequence[int], position: int, extra_round: int = 0
+) -> list[tuple[int, Prompt, list[Completion]]]:
+    """This replica's share of answers to the prompts from `position` of the stream on: (place in the step, prompt,
+    answers).
+
+    Args:
+        numbers: places in the step, one for each prompt.
+        extra_round: of dynamic sampling; a place is then not sampled with the random numbers of its last prompt again.
+    """
     config, groups = learner.config, learner.run.groups
-    numbered = list(enumerate(prompts_of_step(learner.prompts, config, step)))
-    mine = numbered[groups.dp_rank :: groups.dp_size]
+    chosen = prompts_from(learner.prompts, config, position, len(numbers))
+    mine = list(zip(numbers, chosen, strict=True))[groups.dp_rank :: groups.dp_size]
     count = config.rlvr.samples_per_prompt
+    again = [extra_round] if extra_round else []
     requests = [
-        Request(prompt.token_ids, learner.sampling, derive_seed("rollout", config.run.seed, step, number, sample))
+        Request(
+            prompt.token_ids, learner.sampling, derive_seed("rollout", config.run.seed, step, number, sample, *again)
+        )
         for number, prompt in mine
         for sample in range(count)
     ]
@@ -67,7 +84,8 @@ def generate(learner: Learner, step: int) -> list[tuple[int, Prompt, list[Comple
 
 
 def score_rollouts(learner: Learner, rollouts: Sequence[tuple[int, Prompt, list[Completion]]]) -> list[Group]:
-    """Rewards and advantages: verification_reward x score, or no_eos_penalty for an answer without end-of-text."""
+    """Rewards and advantages: verification_reward x score, or no_eos_penalty for an answer without end-of-text, less
+    the penalty for length."""
     rlvr = learner.config.rlvr
     tasks = [
         (verifier_record(prompt.record), completion_text(learner.tokenizer, completion))
@@ -77,12 +95,24 @@ def score_rollouts(learner: Learner, rollouts: Sequence[tuple[int, Prompt, list[
     verdicts = iter(verify_in_replica(learner.run.groups, learner.pool, tasks))
     scored = []
     for number, prompt, completions in rollouts:
-        rewards = []
+        verified = []
         for completion in completions:
             score = next(verdicts).score
-            rewards.append(rlvr.verification_reward * score if ended_itself(completion) else rlvr.no_eos_penalty)
-        scored.append(Group(number, prompt, completions, rewards, group_advantages(rewards, rlvr.advantage)))
+            verified.append(rlvr.verification_reward * score if ended_itself(completion) else rlvr.no_eos_penalty)
+        rewards = shaped_rewards(verified, completions, learner.config)
+        advantages = group_advantages(rewards, rlvr.advantage)
+        scored.append(Group(number, prompt, completions, verified, rewards, advantages))
     return scored
+
+
+def shaped_rewards(verified: Sequence[float], completions: Sequence[Completion], config: RlvrConfig) -> list[float]:
+    """Rewards less overlong_penalty times the share that each answer's length gets."""
+    rlvr, longest = config.rlvr, config.rollout.max_new_tokens
+    penalty = rlvr.verification_reward if rlvr.overlong_penalty is None else rlvr.overlong_penalty
+    return [
+        reward - penalty * overlong_share(len(completion.token_ids), longest, rlvr.overlong_buffer)
+        for reward, completion in zip(verified, completions, strict=True)
+    ]
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:

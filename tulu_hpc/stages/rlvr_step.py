@@ -1,16 +1,27 @@
-"""One GRPO step: prompts -> answers -> verdicts -> rewards -> advantages -> packs -> reference log-probs -> updates."""
+"""One step: prompts -> answers -> verdicts -> rewards -> advantages -> packs -> reference log-probs -> updates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+from tulu_hpc.rollout.engine import Completion
 from tulu_hpc.rollout.texts import ended_itself
 from tulu_hpc.stages import rlvr_gate, rlvr_metrics
 from tulu_hpc.stages.rlvr_learner import Learner
 from tulu_hpc.stages.rlvr_loss import policy_loss
-from tulu_hpc.stages.rlvr_metrics import Mismatch, RolloutStats
+from tulu_hpc.stages.rlvr_metrics import RolloutStats
+from tulu_hpc.stages.rlvr_mismatch import Mismatch, mismatch_metrics
+from tulu_hpc.stages.rlvr_off_policy import (
+    ImportanceStats,
+    importance_metrics,
+    importance_stats,
+    require_fresh,
+    staleness_metrics,
+)
 from tulu_hpc.stages.rlvr_packs import add_logprobs, minibatch_of, pack_groups
-from tulu_hpc.stages.rlvr_rollouts import Group, generate, score_rollouts
+from tulu_hpc.stages.rlvr_rollouts import Group
+from tulu_hpc.stages.rlvr_sampling import sample_groups, sampling_metrics
 from tulu_hpc.stages.rollouts import LOSSES, is_replica_leader, lost_verdicts
 from tulu_hpc.training.normalisation import global_counts
 from tulu_hpc.training.step import StepResult, train_step
@@ -22,13 +33,12 @@ def rollout_step(
     """One step on this process's share of the prompts: metrics of the whole job, and whether some rank is to stop."""
     config, groups = learner.config, learner.run.groups
     clock = rlvr_metrics.Clock()
-    rollouts = generate(learner, step)
-    clock.lap("rollout")
-    scored = score_rollouts(learner, rollouts)
+    learner.begin_step()
+    sampled = sample_groups(learner, step, clock)
     verdicts = count_verdicts(learner, step)
-    clock.lap("verify")
+    ages = require_fresh(named_samples(sampled.groups), learner.versions, most=0)
     minibatches = [
-        pack_groups(learner, [group for group in scored if minibatch_of(group.number, config) == index])
+        pack_groups(learner, [group for group in sampled.groups if minibatch_of(group.number, config) == index])
         for index in range(config.rlvr.minibatches)
     ]
     counts = [global_counts(packs, groups) for packs in minibatches]
@@ -36,33 +46,54 @@ def rollout_step(
         for packs in minibatches:
             add_logprobs("reference_logprobs", learner.reference, packs)
     clock.lap("reference")
-    if check_mismatch:
+    weighted = config.rlvr.importance != "none"
+    weights, mismatch = ImportanceStats(), Mismatch()
+    if weighted:
+        for packs in minibatches:
+            add_logprobs("proximal_logprobs", learner.trainer.runner, packs)
+        weights = importance_stats([pack for packs in minibatches for pack in packs], config.rlvr)
+        mismatch = rlvr_gate.check_proximal(learner, step, minibatches)
+    elif check_mismatch:
         rlvr_gate.check_first(learner, step, minibatches)
-    mismatch = Mismatch()
+    clock.lap("proximal")
     results: list[StepResult] = []
     for epoch in range(config.rlvr.epochs):
         for packs, count in zip(minibatches, counts, strict=True):
             if count.targets == 0:
                 continue
             # Only before the first update do trainer and engine hold the same weights.
-            watch = mismatch if epoch == 0 and not results else None
+            watch = mismatch if epoch == 0 and not results and not weighted else None
             results.append(train_step(learner.trainer, packs, policy_loss(learner, count, watch)))
     learner.engine.version = learner.trainer.step
     clock.lap("train")
     rlvr_gate.require_match(
         learner, step, mismatch if groups.tp_rank == 0 else Mismatch(), "the step was trained, but is not saved"
     )
-    stats = rollout_stats(learner, scored) if is_replica_leader(groups) else None
-    share = {"stats": stats, "mismatch": mismatch if groups.tp_rank == 0 else None, "stop": stop_requested}
+    leader = is_replica_leader(groups)
+    share = {
+        "stats": rollout_stats(learner, [*sampled.groups, *sampled.dropped]) if leader else None,
+        "ages": ages if leader else None,
+        "weights": weights if leader else None,
+        "mismatch": mismatch if groups.tp_rank == 0 else None,
+        "stop": stop_requested,
+    }
     shares = groups.all_gather_object(share)
+
+    def of(name: str) -> list[Any]:
+        return [each[name] for each in shares if each[name] is not None]
+
     updates = config.rlvr.epochs * config.rlvr.minibatches
     metrics = {
-        **rlvr_metrics.rollout_metrics([each["stats"] for each in shares if each["stats"] is not None]),
-        **rlvr_metrics.mismatch_metrics([each["mismatch"] for each in shares if each["mismatch"] is not None]),
+        **rlvr_metrics.rollout_metrics(of("stats")),
+        **sampling_metrics(learner, sampled),
+        **staleness_metrics(of("ages")),
+        **importance_metrics(of("weights")),
+        **mismatch_metrics(of("mismatch")),
         **{f"verifier/{name}": float(verdicts[name]) for name in LOSSES},
         **update_metrics(results, updates),
         **clock.metrics(),
     }
+    learner.position = sampled.position
     return metrics, any(each["stop"] for each in shares)
 
 
@@ -78,6 +109,13 @@ def count_verdicts(learner: Learner, step: int) -> dict[str, int]:
     return lost_verdicts(counts, learner.config.verifier.max_lost_share, f"rlvr step {step}")
 
 
+def named_samples(scored: Sequence[Group]) -> Iterator[tuple[str, Completion]]:
+    """Completions with their ids, `RECORD#NUMBER`."""
+    for group in scored:
+        for number, completion in enumerate(group.completions):
+            yield f"{group.prompt.record.id}#{number}", completion
+
+
 def rollout_stats(learner: Learner, scored: Sequence[Group]) -> RolloutStats:
     """Counts of this replica's answers of a step."""
     stats = RolloutStats()
@@ -86,8 +124,8 @@ def rollout_stats(learner: Learner, scored: Sequence[Group]) -> RolloutStats:
         name = "+".join(group.prompt.record.dataset)
         stats.groups += 1
         stats.live_groups += group.advantages is not None
-        for completion, reward in zip(group.completions, group.rewards, strict=True):
-            stats.add(name, reward, reward / full if full else 0.0, completion, ended_itself(completion))
+        for completion, verified, reward in zip(group.completions, group.verified, group.rewards, strict=True):
+            stats.add(name, reward, verified / full if full else 0.0, completion, ended_itself(completion))
     return stats
 
 

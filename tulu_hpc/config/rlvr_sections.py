@@ -1,0 +1,134 @@
+"""The section `rlvr`: which policy loss, and what a rollout step samples and learns from."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from tulu_hpc.config.sections import Section
+
+PolicyKind = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"]
+AdvantageKind = Literal["standard", "centered", "leave_one_out"]
+Normalisation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
+
+# What a key is when it is not given, where this depends on the kind. Sources: docs/policy.md.
+KIND_DEFAULTS: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    "dr_grpo": {"advantage": "centered", "normalisation": "constant", "kl_coef": 0.0},
+    "dapo": {"clip_high": 0.28, "kl_coef": 0.0, "dynamic_sampling": True},
+    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "normalisation": "sequence_mean", "kl_coef": 0.0},
+    "cispo": {"clip_low": 1.0, "clip_high": 4.0, "kl_coef": 0.0},
+    "rloo": {"advantage": "leave_one_out", "normalisation": "sequence_sum"},
+}
+
+
+class RlvrSection(Section):
+    """Defaults are those of grpo; the other kinds' are in docs/policy.md."""
+
+    kind: PolicyKind = Field(default="grpo", description="Formulas, sources and defaults: docs/policy.md.")
+    prompts_per_step: int = Field(ge=1)
+    samples_per_prompt: int = Field(ge=2)
+    epochs: int = Field(default=1, ge=1, description="Passes over the samples of one step.")
+    minibatches: int = Field(default=1, ge=1, description="Optimizer steps per pass.")
+    clip_low: float = Field(default=0.2, ge=0, le=1, description="The ratio is clipped below 1 - clip_low.")
+    clip_high: float = Field(default=0.2, ge=0, description="The ratio is clipped above 1 + clip_high.")
+    dual_clip: float | None = Field(
+        default=None, gt=1, description="Bound of the ratio where the advantage is negative; empty: none."
+    )
+    kl_coef: float = Field(default=0.01, ge=0, description="0: no reference is loaded.")
+    kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    advantage: AdvantageKind = Field(
+        default="standard",
+        description="(r - mean) / (std + 1e-8) of the group, r - mean, or r - mean of the others.",
+    )
+    normalisation: Normalisation = Field(
+        default="token_mean",
+        description="Mean over tokens; mean over sequences of their means, their sums, or their sums over "
+        "rollout.max_new_tokens (constant).",
+    )
+    verification_reward: float = 10.0
+    no_eos_penalty: float = Field(
+        default=0.0, description="Reward of a completion without end-of-text; 0: it scores 0."
+    )
+    overlong_buffer: int = Field(
+        default=0,
+        ge=0,
+        description="The last tokens before rollout.max_new_tokens over which an answer's reward falls; 0: none.",
+    )
+    overlong_penalty: float | None = Field(
+        default=None,
+        gt=0,
+        description="What an answer of rollout.max_new_tokens loses; empty: verification_reward.",
+    )
+    dynamic_sampling: bool = Field(
+        default=False, description="Replace groups whose verified rewards are all equal by new prompts."
+    )
+    max_extra_rounds: int = Field(
+        default=10, ge=1, description="Of dynamic sampling in one step: how often missing groups are asked for again."
+    )
+    incomplete_step: Literal["error", "train"] = Field(
+        default="error", description="When groups are still missing then: stop, or train on those that there are."
+    )
+    importance: Literal["none", "token", "sequence", "geometric"] = Field(
+        default="none",
+        description="Weight for what separates the trainer before its first update from the policy that sampled: of "
+        "the token, of the sequence (product over its tokens), or the geometric mean of these.",
+    )
+    importance_mode: Literal["truncate", "mask"] = Field(
+        default="truncate", description="Weights above importance_cap become it, or weights out of bounds become 0."
+    )
+    importance_cap: float | None = Field(default=None, gt=0, description="Largest weight; empty: 2.")
+    importance_low: float | None = Field(default=None, ge=0, description="Of `mask`: smallest weight; empty: 0.5.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_kind(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kind = values.get("kind", "grpo")
+        return {**(KIND_DEFAULTS.get(kind, {}) if isinstance(kind, str) else {}), **values}
+
+    @model_validator(mode="after")
+    def _fits_the_kind(self) -> Self:
+        kind = self.kind
+        if kind == "dr_grpo" and self.advantage == "standard":
+            raise ValueError("kind dr_grpo does not divide by the standard deviation: advantage standard is not for it")
+        if kind == "dr_grpo" and self.normalisation != "constant":
+            raise ValueError(f"kind dr_grpo divides by a constant: normalisation {self.normalisation} is not for it")
+        if kind == "rloo" and self.advantage != "leave_one_out":
+            raise ValueError(f"kind rloo has the baseline leave_one_out: advantage {self.advantage} is not for it")
+        if kind == "dapo" and self.normalisation != "token_mean":
+            raise ValueError(f"kind dapo is a mean over tokens: normalisation {self.normalisation} is not for it")
+        if kind == "dapo" and self.clip_high < self.clip_low:
+            raise ValueError(f"kind dapo clips higher: clip_high {self.clip_high} is below clip_low {self.clip_low}")
+        if kind == "cispo" and self.dual_clip is not None:
+            raise ValueError("kind cispo bounds the ratio for every advantage: dual_clip is not for it")
+        return self
+
+    @model_validator(mode="after")
+    def _importance(self) -> Self:
+        if self.importance == "none" and (self.importance_cap, self.importance_low) != (None, None):
+            raise ValueError("importance_cap and importance_low need importance: token, sequence or geometric")
+        if self.importance == "none" and self.importance_mode != "truncate":
+            raise ValueError("importance_mode needs importance: token, sequence or geometric")
+        if self.importance_mode == "truncate" and self.importance_low is not None:
+            raise ValueError("importance_low is of importance_mode: mask")
+        low, cap = self.importance_bounds
+        if low > cap:
+            raise ValueError(f"importance_low {low:g} is above importance_cap {cap:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _overlong(self) -> Self:
+        if self.overlong_penalty is not None and not self.overlong_buffer:
+            raise ValueError("overlong_penalty needs overlong_buffer")
+        return self
+
+    @property
+    def importance_bounds(self) -> tuple[float, float]:
+        """Smallest (of `mask`) and largest importance weight."""
+        return (
+            0.5 if self.importance_low is None else self.importance_low,
+            2.0 if self.importance_cap is None else self.importance_cap,
+        )
