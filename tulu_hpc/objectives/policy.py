@@ -58,7 +58,8 @@ def policy_terms(
         importance_mode: `truncate` at importance_cap, or `mask`: 0 outside importance_low to importance_cap.
         cp_group: ranks that hold other parts of the same sequences; sums over a sequence run over them.
 
-    Metrics: `loss` in the chosen normalisation, and the kernel's token sums as means over tokens, under their names.
+    Metrics: `loss` in the chosen normalisation, and the kernel's token sums as means over tokens, under their names
+    (`policy/surrogate` for its `policy/loss`).
 
     Raises:
         ValueError: `global_count` is not positive; importance weights without `proximal_logprobs_K`.
@@ -113,5 +114,7 @@ def policy_terms(
     if normalisation != "token_mean":
         counted = cp_group is None or cp_group.rank() == 0
         units = float((lengths_Q > 0).sum()) if counted else 0.0
-    metrics = {name: (value.detach(), tokens) for name, value in out.metrics.items() if name != "loss"}
+    # `policy/loss` is the unweighted surrogate alone; it must not be taken for the loss.
+    names = {name: "policy/surrogate" if name == "policy/loss" else name for name in out.metrics}
+    metrics = {names[name]: (value.detach(), tokens) for name, value in out.metrics.items()}
     return Terms(loss=out.loss / global_count, metrics={"loss": (out.loss.detach(), units), **metrics})
