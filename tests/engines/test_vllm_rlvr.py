@@ -93,7 +93,7 @@ def test_a_server_that_runs_already(inputs: Path, tmp_path: Path, server: Server
     assert server.is_running() and not (tmp_path / "run" / "rollout" / "weights").exists()
 
 
-def _wrong_sending(times: int) -> Any:
+def _wrong_sending(times: int, parameter: str = "lm_head.weight") -> Any:
     """Weights that are not the trainer's, the first `times` times."""
 
     def stage(config: RlvrConfig) -> None:
@@ -103,7 +103,7 @@ def _wrong_sending(times: int) -> Any:
             nonlocal calls
             calls += 1
             for name, tensor in stream(*args):
-                yield name, tensor * 1.05 if calls <= times and name == "lm_head.weight" else tensor
+                yield name, tensor * 1.05 if calls <= times and name == parameter else tensor
 
         served.iter_hf_tensors = wrong
         _always_learn(config)
@@ -126,11 +126,21 @@ def _wrong_report(config: RlvrConfig) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "verdict"),
-    [(_wrong_sending(1), "WEIGHTS"), (_wrong_report, "SAMPLING TRANSFORM"), (_wrong_sending(9), "KERNEL NUMERICS")],
+    [
+        (
+            _wrong_sending(1),
+            r"WEIGHTS: the engine held others .*lm_head\.weight of http://\S+ has another checksum",
+        ),
+        (_wrong_sending(1, "model.layers.1.mlp.up_proj.weight"), "WEIGHTS: sent anew they agree .*were right"),
+        (_wrong_report, "SAMPLING TRANSFORM.*were right"),
+        (_wrong_sending(9), "KERNEL NUMERICS.*were right"),
+    ],
+    ids=["checksums", "packed", "sampling", "numerics"],
 )
 def test_verdicts(inputs: Path, tmp_path: Path, server: Server, stage: Any, verdict: str) -> None:
     config = config_of(inputs, tmp_path / "run", vllm={"servers": [str(server.address)]})
-    with pytest.raises(WorkerError, match=f"MismatchError: step 1: .*nothing was trained: {verdict}"):
+    place = r"worst in sample \w+#\d at position \d of \d: token \d+, trainer -\S+, engine -\S+, worst positions 0-15 "
+    with pytest.raises(WorkerError, match=f"MismatchError: step 1: .*{place}.*nothing was trained: {verdict}"):
         in_processes(stage, config)
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from tulu_hpc.data.loader import pack_items
 from tulu_hpc.data.packed_batch import Item, PackedBatch, TokenSequence
 from tulu_hpc.rollout.engine import Request
 from tulu_hpc.rollout.sampling import derive_seed
+from tulu_hpc.rollout.weight_checksums import Checksums, compared, first_difference, weight_checksums
 from tulu_hpc.stages.rlvr_learner import Learner
 from tulu_hpc.stages.rlvr_mismatch import Mismatch, MismatchError, breach, places
 from tulu_hpc.stages.rollouts import is_replica_leader
@@ -87,11 +89,19 @@ def _limit(config: RlvrConfig) -> float | None:
 def diagnose(learner: Learner, engine: ServedEngine) -> str:
     """Repeat the comparison with weights sent anew, once on fresh samples and once on scores. Collective.
 
-    Sampling agrees now: the samples were drawn with other weights. Only scoring agrees: what the engine reports when it
-    samples is of another distribution. Neither: the two compute different functions.
+    The engine's checksums changed, or sampling agrees now: the samples were drawn with other weights. Only scoring
+    agrees: what the engine reports when it samples is of another distribution. Neither: the two compute different
+    functions.
     """
     config = learner.config
+    before = _checksums(learner, engine)
     engine.send_weights()
+    after = _checksums(learner, engine)
+    difference = first_difference(before, after)
+    if difference is not None:
+        return f"WEIGHTS: the engine held others than the trainer's; sent anew, {difference}"
+    count = compared(before, after)
+    held = f" (the checksums of {count} of its tensors were right)" if count else ""
     requests = [
         Request(prompt.token_ids, learner.sampling, derive_seed("diagnose", config.run.seed, number), str(number))
         for number, prompt in enumerate(learner.prompts[:_PROBED_PROMPTS])
@@ -112,17 +122,26 @@ def diagnose(learner: Learner, engine: ServedEngine) -> str:
     limits = (_limit(config), config.rollout.mismatch_mult_prob_error)
     largest = [f"{part.largest:.2g}" for part in parts]
     if breach(parts[:1], *limits) is None:
-        return f"WEIGHTS: sent anew they agree (to {largest[0]}), so the samples were drawn with other weights"
+        return f"WEIGHTS: sent anew they agree (to {largest[0]}), so the samples were drawn with other weights{held}"
     if breach(parts[1:], *limits) is None:
         return (
             f"SAMPLING TRANSFORM: with the weights sent anew the engine scores tokens as the trainer does (to "
-            f"{largest[1]}), but samples with log-probs that differ by {largest[0]}: compare temperature, top_p and "
-            f"--logprobs-mode"
+            f"{largest[1]}){held}, but samples with log-probs that differ by {largest[0]}: compare temperature, top_p "
+            f"and --logprobs-mode"
         )
     return (
         f"KERNEL NUMERICS: with the weights sent anew sampled ({largest[0]}) and scored ({largest[1]}) log-probs both "
-        f"differ: the engine computes another function (dtype, rope, attention or norm kernels)"
+        f"differ{held}: the engine computes another function (dtype, rope, attention or norm kernels)"
     )
+
+
+def _checksums(learner: Learner, engine: ServedEngine) -> dict[str, Checksums]:
+    """Of the servers that serve, on every rank. Collective."""
+    groups = learner.run.groups
+    found = None
+    if groups.is_main:
+        found = asyncio.run(weight_checksums([address for address, _ in engine.client.serving()]))
+    return dict(groups.broadcast_object(found))
 
 
 def _trainer_logprobs(
