@@ -68,15 +68,19 @@ KINDS |= {
     "grpo-sequence": {"rlvr__importance": "geometric", "rlvr__importance_mode": "mask"},
     "ppo-like": {"rlvr__dual_clip": 3.0, "rlvr__normalisation": "sequence_mean", "rlvr__importance": "token"},
 }
-TWICE = ("dr_grpo", "gspo-weighted")  # with two replicas, too; the losses alone: tests/objectives
+# Kinds that need sums over an answer, or count answers, on two ranks too; the losses of all of them: tests/objectives.
+LAYOUTS: dict[str, tuple[tuple[str, ...], int, dict[str, Any]]] = {
+    "one": (tuple(KINDS), 1, {}),
+    "cp2": (("gspo", "gspo-weighted", "grpo-sequence", "rloo"), 2, {"parallel__context": 2}),
+    "dp2": (("gspo-weighted", "dr_grpo"), 2, {}),
+}
 
 
 @pytest.fixture(scope="module")
 def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
-    """The only step of every kind, at every layout."""
+    """The only step of every kind."""
     found = {}
-    layouts = {"one": (KINDS, 1, {}), "cp2": (KINDS, 2, {"parallel__context": 2}), "dp2": (TWICE, 2, {})}
-    for layout, (names, world, options) in layouts.items():
+    for layout, (names, world, options) in LAYOUTS.items():
         folder = tmp_path_factory.mktemp(layout)
         configs = [rlvr_config(inputs, folder / name, **SHORT, **options, **KINDS[name]) for name in names]
         in_processes(with_verdicts(by_hash, several(*configs)), configs[0], world)
@@ -99,7 +103,9 @@ def test_a_step_of_every_kind(runs: dict[tuple[str, str], dict[str, Any]], name:
     if "rlvr__importance" in KINDS[name]:
         assert row["rollout/importance_mean"] == pytest.approx(1, abs=1e-4)  # on-policy
         assert row["rollout/importance_max"] == pytest.approx(1, abs=1e-4) and row["rollout/importance_limited"] == 0
-    for layout in ("cp2", "dp2") if name in TWICE else ("cp2",):
+    for layout, (names, *_) in LAYOUTS.items():
+        if name not in names:
+            continue
         other = runs[name, layout]
         assert {key for key in other if not key.startswith("timing/")} == {
             key for key in row if not key.startswith("timing/")

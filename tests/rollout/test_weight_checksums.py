@@ -36,8 +36,8 @@ def test_servers() -> None:
 
     async def run() -> Any:
         async with (
-            SmallServer(**{"/weight_checker": checker}) as one,
-            SmallServer(**{"/weight_checker": absent}) as two,
+            SmallServer(weight_checker=checker) as one,
+            SmallServer(weight_checker=absent) as two,
         ):
             found = await weight_checksums([one.address, two.address, Address("127.0.0.1", 9)], 5.0)
             return found, str(one.address)

@@ -1,7 +1,7 @@
 """Checksums that vLLM servers give of the weights they hold (0.32 and later; sha256 of each parameter of each worker).
 
-They are of vLLM's own parameters (several of ours in one, split over its workers, and on a CPU partly packed away and then
-empty), so they are compared with those of the same server at another time, not with the trainer's tensors.
+They are of vLLM's own parameters (several of ours in one, split over its workers, and on a CPU partly packed away and
+then empty), so they are compared with those of the same server at another time, not with the trainer's tensors.
 """
 
 from __future__ import annotations
