@@ -81,7 +81,7 @@ def terms_of(case: dict[str, Any], columns: dict[str, Tensor], keep: Tensor, log
         kl_coef=rlvr.kl_coef,
         kl_kind=rlvr.kl_kind,
         reference_logprobs_K=columns["reference"][keep],
-        proximal_logprobs_K=columns["proximal"][keep] if rlvr.importance != "none" else None,
+        old_logprobs_K=columns["proximal"][keep] if rlvr.importance != "none" else None,
         importance=rlvr.importance,
         importance_mode=rlvr.importance_mode,
         importance_low=low,

@@ -66,6 +66,7 @@ KINDS: dict[str, dict[str, Any]] = {kind: {"rlvr__kind": kind} for kind in KIND_
 KINDS |= {
     "gspo-weighted": {"rlvr__kind": "gspo", "rlvr__importance": "sequence"},
     "grpo-sequence": {"rlvr__importance": "geometric", "rlvr__importance_mode": "mask"},
+    "own-logprobs": {"rlvr__old_logprobs": "trainer"},
     "ppo-like": {"rlvr__dual_clip": 3.0, "rlvr__normalisation": "sequence_mean", "rlvr__importance": "token"},
 }
 # Kinds that need sums over an answer, or count answers, on two ranks too; the losses of all of them: tests/objectives.
@@ -114,6 +115,34 @@ def test_a_step_of_every_kind(runs: dict[tuple[str, str], dict[str, Any]], name:
             assert other.get(key, 0.0) == pytest.approx(row.get(key, 0.0), rel=1e-4, abs=1e-5), (layout, key)
         for key in ("rollout/reward", "rollout/new_tokens", "train/tokens"):
             assert other[key] == row[key], (layout, key)
+
+
+def test_own_logprobs_are_the_engines(runs: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """On-policy; and the comparison with the engine is of every token of the step, before the first update."""
+    engine, own = runs["grpo", "one"], runs["own-logprobs", "one"]
+    assert own["train/loss"] == pytest.approx(engine["train/loss"], abs=1e-5)
+    assert own["rollout/logprob_error_max"] < 1e-4 and "rollout/importance_mean" not in own
+
+
+def _stale(config: RlvrConfig) -> None:
+    """The engine of the second replica never took new weights."""
+    generate = embedded.EmbeddedEngine.generate_batch
+
+    def stale(self: Any, requests: Any) -> Any:
+        if self.groups.dp_rank == 1:
+            self.version = 0
+        return generate(self, requests)
+
+    embedded.EmbeddedEngine.generate_batch = stale  # type: ignore[method-assign]  # of this forked process only
+    rlvr.run(config)
+
+
+def test_stale_samples_stop_every_rank(inputs: Path, tmp_path: Path) -> None:
+    config = rlvr_config(inputs, tmp_path / "run", train__steps=2, train__save_every=None)
+    words = r"StaleError: sample \w+#0 was drawn by weights 0, 1 rollout steps before those that are trained \(1\)"
+    with pytest.raises(WorkerError, match=words) as error:
+        in_processes(with_verdicts(by_hash, _stale), config, 2)
+    assert str(error.value).count("StaleError: sample") == 2
 
 
 def test_kinds_differ(runs: dict[tuple[str, str], dict[str, Any]]) -> None:

@@ -38,6 +38,11 @@ class RlvrSection(Section):
     )
     kl_coef: float = Field(default=0.01, ge=0, description="0: no reference is loaded.")
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    old_logprobs: Literal["engine", "trainer"] = Field(
+        default="engine",
+        description="Denominator of the ratio: log-probs that the engine sampled with, or the trainer's, computed "
+        "before the first update of a step (always with importance weights).",
+    )
     advantage: AdvantageKind = Field(
         default="standard",
         description="(r - mean) / (std + 1e-8) of the group, r - mean, or r - mean of the others.",
@@ -124,6 +129,11 @@ class RlvrSection(Section):
         if self.overlong_penalty is not None and not self.overlong_buffer:
             raise ValueError("overlong_penalty needs overlong_buffer")
         return self
+
+    @property
+    def uses_own_logprobs(self) -> bool:
+        """The trainer's log-probs before the first update are needed."""
+        return self.old_logprobs == "trainer" or self.importance != "none"
 
     @property
     def importance_bounds(self) -> tuple[float, float]:

@@ -35,7 +35,7 @@ def policy_terms(
     kl_coef: float = 0.0,
     kl_kind: Literal["k1", "k2", "k3"] = "k3",
     reference_logprobs_K: Tensor | None = None,
-    proximal_logprobs_K: Tensor | None = None,
+    old_logprobs_K: Tensor | None = None,
     importance: Literal["none", "token", "sequence", "geometric"] = "none",
     importance_mode: Literal["truncate", "mask"] = "truncate",
     importance_low: float = 0.5,
@@ -52,7 +52,7 @@ def policy_terms(
             mean over its tokens, their sum, or (`constant`) their sum over `constant_length`.
         global_count: tokens (token_mean) or sequences (else) of the global batch, all ranks.
         clip_low, clip_high: empty: the kind's own.
-        proximal_logprobs_K: of this model before the first update on these samples; the ratio is then to these, and
+        old_logprobs_K: of this model before the first update on these samples; the ratio is then to these, and
             the importance weight, which needs them, is proximal over behaviour (decoupled PPO, arXiv 2505.24298).
         importance: level of the weight: `token`, `sequence` (product over its tokens) or `geometric` (their mean).
         importance_mode: `truncate` at importance_cap, or `mask`: 0 outside importance_low to importance_cap.
@@ -62,7 +62,7 @@ def policy_terms(
     (`policy/surrogate` for its `policy/loss`).
 
     Raises:
-        ValueError: `global_count` is not positive; importance weights without `proximal_logprobs_K`.
+        ValueError: `global_count` is not positive; importance weights without `old_logprobs_K`.
     """
     if global_count < 1:
         raise ValueError(f"policy loss: the global batch has {global_count} units to average over")
@@ -86,7 +86,7 @@ def policy_terms(
         sums_Q5 = policy_sequence_sums(
             *columns,
             num_sequences=lengths_Q.numel(),
-            old_logprobs_K=proximal_logprobs_K,
+            old_logprobs_K=old_logprobs_K,
             weights_K=weights_K,
             **weighting,
         )
@@ -100,7 +100,7 @@ def policy_terms(
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,
-        old_logprobs_K=proximal_logprobs_K,
+        old_logprobs_K=old_logprobs_K,
         reference_logprobs_K=reference_logprobs_K,
         kl_coef=kl_coef,
         kl_kind=kl_kind,

@@ -37,13 +37,13 @@ def check_first(learner: Learner, step: int, minibatches: Sequence[Sequence[Pack
     require_match(learner, step, _compare(learner, minibatches, columns), "nothing was trained")
 
 
-def check_proximal(learner: Learner, step: int, minibatches: Sequence[Sequence[PackedBatch]]) -> Mismatch:
-    """The same on the column `proximal_logprobs`, which costs nothing; what was found, on the leader of each replica.
+def check_own(learner: Learner, step: int, minibatches: Sequence[Sequence[PackedBatch]]) -> Mismatch:
+    """The same on the column `old_logprobs`, which costs nothing; what was found, on the leader of each replica.
 
     Raises:
         MismatchError: see `require_match`.
     """
-    columns = [[pack.per_target["proximal_logprobs"] for pack in packs] for packs in minibatches]
+    columns = [[pack.per_target["old_logprobs"] for pack in packs] for packs in minibatches]
     mismatch = _compare(learner, minibatches, columns)
     require_match(learner, step, mismatch, "nothing was trained")
     return mismatch

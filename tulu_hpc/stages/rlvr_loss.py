@@ -45,8 +45,8 @@ def policy_loss(learner: Learner, counts: GlobalCounts, watch: Mismatch | None) 
             reference_logprobs_K=(
                 _column(pack, "reference_logprobs", batch, output.logprobs_K) if learner.reference is not None else None
             ),
-            proximal_logprobs_K=(
-                _column(pack, "proximal_logprobs", batch, output.logprobs_K) if rlvr.importance != "none" else None
+            old_logprobs_K=(
+                _column(pack, "old_logprobs", batch, output.logprobs_K) if rlvr.uses_own_logprobs else None
             ),
             importance=rlvr.importance,
             importance_mode=rlvr.importance_mode,

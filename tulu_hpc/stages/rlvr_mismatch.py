@@ -65,13 +65,13 @@ class Places(NamedTuple):
 
 
 def places(pack: PackedBatch) -> Places:
-    """Of all targets of a pack of groups, whose answers have the columns `sample` and `staleness`."""
+    """Of all targets of a pack of groups, whose answers have the columns `answer` and `staleness`."""
     ids_K = pack.sequence_id_K
     lengths_Q = sequence_lengths(ids_K, pack.num_sequences).long()
     first_Q = lengths_Q.cumsum(0) - lengths_Q
     position_K = torch.arange(pack.num_targets, device=ids_K.device) - first_Q[ids_K]
     empty = torch.zeros(0, device=ids_K.device)  # a pack of nothing has no columns
-    numbers = pack.per_sequence.get("sample", empty).tolist()
+    numbers = pack.per_sequence.get("answer", empty).tolist()
     items = pack.per_sequence["item"].tolist()
     samples = [f"{pack.item_ids[item]}#{number:.0f}" for item, number in zip(items, numbers, strict=True)]
     fresh_K = pack.per_sequence.get("staleness", empty)[ids_K] == 0

@@ -16,6 +16,7 @@ from torch import Tensor
 from tulu_hpc.config.rlvr_sections import RlvrSection
 from tulu_hpc.data.packed_batch import PackedBatch
 from tulu_hpc.objectives.terms import sequence_lengths
+from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.rollout.engine import Completion
 
 
@@ -67,6 +68,25 @@ def require_fresh(samples: Iterable[tuple[str, Completion]], versions: Sequence[
     return ages
 
 
+def require_fresh_everywhere(
+    groups: Groups, samples: Iterable[tuple[str, Completion]], versions: Sequence[int], most: int
+) -> Staleness:
+    """`require_fresh` of this replica's samples, which fails on every rank when it fails on one. Collective.
+
+    Raises:
+        StaleError: on every rank.
+    """
+    ages, problem = Staleness(), None
+    try:
+        ages = require_fresh(samples, versions, most)
+    except StaleError as error:
+        problem = str(error)
+    for found in groups.all_gather_object(problem):
+        if found is not None:
+            raise StaleError(found)
+    return ages
+
+
 def staleness_metrics(parts: Sequence[Staleness]) -> dict[str, float]:
     """Mean and largest age of the samples of all replicas, in rollout steps."""
     count = sum(part.count for part in parts)
@@ -96,7 +116,7 @@ def importance_weights(pack: PackedBatch, rlvr: RlvrSection) -> tuple[Tensor, Te
     """
     if pack.num_targets == 0:
         return torch.empty(0), torch.empty(0, dtype=torch.bool)
-    log_K = (pack.per_target["proximal_logprobs"] - pack.per_target["behaviour_logprobs"]).double()
+    log_K = (pack.per_target["old_logprobs"] - pack.per_target["behaviour_logprobs"]).double()
     if rlvr.importance != "token":
         ids_K = pack.sequence_id_K
         log_Q = log_K.new_zeros(pack.num_sequences).index_add(0, ids_K, log_K)
@@ -110,9 +130,9 @@ def importance_weights(pack: PackedBatch, rlvr: RlvrSection) -> tuple[Tensor, Te
 
 
 def importance_stats(packs: Sequence[PackedBatch], rlvr: RlvrSection) -> ImportanceStats:
-    """Of these packs, which have the columns `proximal_logprobs` and `behaviour_logprobs`."""
+    """Of these packs, which have the columns `old_logprobs` and `behaviour_logprobs`; of none without weights."""
     stats = ImportanceStats()
-    for pack in packs:
+    for pack in packs if rlvr.importance != "none" else ():
         weights, limited = importance_weights(pack, rlvr)
         if weights.numel():
             stats.count += weights.numel()

@@ -23,7 +23,7 @@ def minibatch_of(number: int, config: RlvrConfig) -> int:
 def pack_groups(learner: Learner, groups: Sequence[Group]) -> list[PackedBatch]:
     """Packs of the groups that have an advantage.
 
-    Columns: `advantage`, `sample` (number in the group) and `staleness` (in rollout steps) of an answer,
+    Columns: `advantage`, `answer` (number in the group) and `staleness` (in rollout steps) of an answer,
     `behaviour_logprobs` of a token.
     """
     config = learner.config
@@ -34,7 +34,7 @@ def pack_groups(learner: Learner, groups: Sequence[Group]) -> list[PackedBatch]:
             prompt=torch.tensor(group.prompt.token_ids),
             per_sequence={
                 "advantage": group.advantages,
-                "sample": [float(number) for number in range(len(group.completions))],
+                "answer": [float(number) for number in range(len(group.completions))],
                 "staleness": [float(steps_behind(each, learner.versions)) for each in group.completions],
             },
             per_target={"behaviour_logprobs": [torch.tensor(each.logprobs) for each in group.completions]},

@@ -16,7 +16,7 @@ from tulu_hpc.stages.rlvr_off_policy import (
     ImportanceStats,
     importance_metrics,
     importance_stats,
-    require_fresh,
+    require_fresh_everywhere,
     staleness_metrics,
 )
 from tulu_hpc.stages.rlvr_packs import add_logprobs, minibatch_of, pack_groups
@@ -36,7 +36,7 @@ def rollout_step(
     learner.begin_step()
     sampled = sample_groups(learner, step, clock)
     verdicts = count_verdicts(learner, step)
-    ages = require_fresh(named_samples(sampled.groups), learner.versions, most=0)
+    ages = require_fresh_everywhere(groups, named_samples(sampled.groups), learner.versions, most=0)
     minibatches = [
         pack_groups(learner, [group for group in sampled.groups if minibatch_of(group.number, config) == index])
         for index in range(config.rlvr.minibatches)
@@ -46,23 +46,23 @@ def rollout_step(
         for packs in minibatches:
             add_logprobs("reference_logprobs", learner.reference, packs)
     clock.lap("reference")
-    weighted = config.rlvr.importance != "none"
+    own = config.rlvr.uses_own_logprobs
     weights, mismatch = ImportanceStats(), Mismatch()
-    if weighted:
+    if own:
         for packs in minibatches:
-            add_logprobs("proximal_logprobs", learner.trainer.runner, packs)
+            add_logprobs("old_logprobs", learner.trainer.runner, packs)
         weights = importance_stats([pack for packs in minibatches for pack in packs], config.rlvr)
-        mismatch = rlvr_gate.check_proximal(learner, step, minibatches)
+        mismatch = rlvr_gate.check_own(learner, step, minibatches)
     elif check_mismatch:
         rlvr_gate.check_first(learner, step, minibatches)
-    clock.lap("proximal")
+    clock.lap("old_logprobs")
     results: list[StepResult] = []
     for epoch in range(config.rlvr.epochs):
         for packs, count in zip(minibatches, counts, strict=True):
             if count.targets == 0:
                 continue
             # Only before the first update do trainer and engine hold the same weights.
-            watch = mismatch if epoch == 0 and not results and not weighted else None
+            watch = mismatch if epoch == 0 and not results and not own else None
             results.append(train_step(learner.trainer, packs, policy_loss(learner, count, watch)))
     learner.engine.version = learner.trainer.step
     clock.lap("train")
