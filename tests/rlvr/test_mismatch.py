@@ -38,7 +38,7 @@ def compared(differences: Tensor, stale: tuple[int, ...] = (), parts: int = 1) -
     where = places(groups(stale))
     trainer = torch.full_like(differences, -2.0)
     for rank in range(parts):
-        share = where._each(lambda column, rank=rank: column[rank::parts])
+        share = where.each(lambda column, rank=rank: column[rank::parts])
         mismatch = Mismatch()
         mismatch.add(trainer[rank::parts], (trainer - differences)[rank::parts], share)
         found.append(mismatch)
@@ -77,7 +77,8 @@ def test_buckets(parts: int) -> None:
     message = breach(found, 0.2, 2.0)
     assert message == (
         "by up to 0.4 (limit 0.2) over 93 tokens; worst in sample record1#0 at position 66 of 70: token 166, "
-        "trainer -2, engine -1.6, worst positions 64-255 (mean 0.15, max 0.4), worst lengths 64-255 (mean 0.0129, max 0.4)"
+        "trainer -2, engine -1.6, worst positions 64-255 (mean 0.15, max 0.4), "
+        "worst lengths 64-255 (mean 0.0129, max 0.4)"
     )
     assert breach(found, 0.5, 2.0) is None
     assert "on average (limit 1.005) over 93 tokens; worst in sample record1#0" in (breach(found, None, 1.005) or "")

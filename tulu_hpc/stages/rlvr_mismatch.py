@@ -47,13 +47,14 @@ class Places(NamedTuple):
 
     def of_rank(self, batch: RankBatch) -> Places:
         """Those of this context-parallel rank's targets."""
-        return self._each(lambda column_K: own_targets(column_K, batch))
+        return self.each(lambda column_K: own_targets(column_K, batch))
 
     def fresh(self) -> Places:
         """Those that are compared."""
-        return self._each(lambda column_K: column_K[self.fresh_K])
+        return self.each(lambda column_K: column_K[self.fresh_K])
 
-    def _each(self, read: Callable[[Tensor], Tensor]) -> Places:
+    def each(self, read: Callable[[Tensor], Tensor]) -> Places:
+        """Every column read the same way."""
         return Places(
             position_K=read(self.position_K),
             length_K=read(self.length_K),
