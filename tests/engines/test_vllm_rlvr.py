@@ -111,13 +111,16 @@ def _wrong_sending(times: int, parameter: str = "lm_head.weight") -> Any:
     return stage
 
 
-def _wrong_report(config: RlvrConfig) -> None:
-    generate = VllmEngine.generate
+def _wrong_report(config: RlvrConfig, good: int = 0) -> None:
+    """Log-probs that are not the samples', after the first `good` steps."""
+    generate, calls = VllmEngine.generate, 0
 
     async def wrong(self: Any, requests: Any) -> Any:
+        nonlocal calls
+        calls += 1
         found = await generate(self, requests)
         for completion in found:
-            completion.logprobs[0] -= 0.01
+            completion.logprobs[0] -= 0.01 if calls > good else 0
         return found
 
     VllmEngine.generate = wrong  # type: ignore[method-assign]  # of this forked process only
@@ -145,6 +148,16 @@ def test_verdicts(inputs: Path, tmp_path: Path, server: Server, stage: Any, verd
     with pytest.raises(WorkerError, match=f"MismatchError: step 1: .*{place}.*nothing was trained: {verdict}"):
         in_processes(stage, config)
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_verdict_after_training(inputs: Path, tmp_path: Path, server: Server) -> None:
+    """From the second step on the comparison comes with the update: the weights sent for the verdict are new ones."""
+    vllm = {"servers": [str(server.address)], "probe_seconds": 60.0}
+    config = config_of(inputs, tmp_path / "run", vllm=vllm)
+    words = "MismatchError: step 2: .*the step was trained, but is not saved: SAMPLING TRANSFORM"
+    with pytest.raises(WorkerError, match=words):
+        in_processes(lambda config: _wrong_report(config, good=1), config)
+    assert len(metrics(tmp_path / "run")) == 1
 
 
 def test_no_server_there(inputs: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def check_first(learner: Learner, step: int, minibatches: Sequence[Sequence[Pack
     if learner.config.model.dtype != "float32":
         return
     columns = [[each.cpu() for each in learner.trainer.runner.logprobs(packs)] for packs in minibatches]
-    require_match(learner, step, _compare(learner, minibatches, columns), "nothing was trained")
+    require_match(learner, step, _compare(learner, minibatches, columns), trained=False)
 
 
 def check_own(learner: Learner, step: int, minibatches: Sequence[Sequence[PackedBatch]]) -> Mismatch:
@@ -45,7 +45,7 @@ def check_own(learner: Learner, step: int, minibatches: Sequence[Sequence[Packed
     """
     columns = [[pack.per_target["old_logprobs"] for pack in packs] for packs in minibatches]
     mismatch = _compare(learner, minibatches, columns)
-    require_match(learner, step, mismatch, "nothing was trained")
+    require_match(learner, step, mismatch, trained=False)
     return mismatch
 
 
@@ -61,8 +61,11 @@ def _compare(
     return mismatch
 
 
-def require_match(learner: Learner, step: int, mismatch: Mismatch, consequence: str) -> None:
+def require_match(learner: Learner, step: int, mismatch: Mismatch, *, trained: bool) -> None:
     """Stop the run on a breach, with a verdict where the engine has weights of its own. Collective.
+
+    Args:
+        trained: the weights have changed since the comparison.
 
     Raises:
         MismatchError: on every rank.
@@ -73,7 +76,9 @@ def require_match(learner: Learner, step: int, mismatch: Mismatch, consequence: 
     )
     if found is None:
         return
-    verdict = f": {diagnose(learner, learner.engine)}" if isinstance(learner.engine, ServedEngine) else ""
+    engine = learner.engine
+    verdict = f": {diagnose(learner, engine, trained=trained)}" if isinstance(engine, ServedEngine) else ""
+    consequence = "the step was trained, but is not saved" if trained else "nothing was trained"
     raise MismatchError(
         f"step {step}: the rollout engine's log-probs differ from the trainer's {found}, with the same weights; "
         f"{consequence}{verdict}"
@@ -86,7 +91,7 @@ def _limit(config: RlvrConfig) -> float | None:
     return FLOAT32_LIMIT if config.model.dtype == "float32" else None
 
 
-def diagnose(learner: Learner, engine: ServedEngine) -> str:
+def diagnose(learner: Learner, engine: ServedEngine, *, trained: bool) -> str:
     """Repeat the comparison with weights sent anew, once on fresh samples and once on scores. Collective.
 
     The engine's checksums changed, or sampling agrees now: the samples were drawn with other weights. Only scoring
@@ -94,9 +99,10 @@ def diagnose(learner: Learner, engine: ServedEngine) -> str:
     functions.
     """
     config = learner.config
-    before = _checksums(learner, engine)
+    # After training the engine is sent other weights than it should have had, so checksums say nothing.
+    before = {} if trained else _checksums(learner, engine)
     engine.send_weights()
-    after = _checksums(learner, engine)
+    after = {} if trained else _checksums(learner, engine)
     difference = first_difference(before, after)
     if difference is not None:
         return f"WEIGHTS: the engine held others than the trainer's; sent anew, {difference}"
