@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.layer_spec import check_layer_spec
+from tulu_hpc.config.rlvr_sections import ValueSection
 from tulu_hpc.config.sections import (
     DataSection,
     FileName,
@@ -90,15 +91,28 @@ class DpoSection(Section):
 
 
 class RlvrSection(Section):
-    kind: Literal["grpo"] = "grpo"
+    kind: Literal["grpo", "ppo"] = Field(
+        default="grpo", description="`ppo`: advantages per token by a value model, see `value`."
+    )
     prompts_per_step: int = Field(ge=1)
-    samples_per_prompt: int = Field(ge=2)
+    samples_per_prompt: int = Field(ge=1, description="At least 2 where answers are compared with each other (grpo).")
     epochs: int = Field(default=1, ge=1, description="Passes over the samples of one step.")
     minibatches: int = Field(default=1, ge=1, description="Optimizer steps per pass.")
     clip_low: float = Field(default=0.2, ge=0)
     clip_high: float = Field(default=0.2, ge=0)
     kl_coef: float = Field(default=0.01, ge=0)
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = Field(
+        default="loss", description="`reward` (ppo): subtracted from the reward of each token, without gradient."
+    )
+    dual_clip: float | None = Field(
+        default=None, gt=1, description="Of ppo: bound of the ratio where the advantage is negative; empty: none."
+    )
+    old_logprobs: Literal["engine", "trainer"] = Field(
+        default="engine",
+        description="Denominator of the ratio (and the policy of kl_in: reward): log-probs that the engine sampled "
+        "with, or the trainer's, computed before the first update of a step.",
+    )
     advantage: Literal["standard", "centered"] = Field(
         default="standard", description="(r - mean) / (std + 1e-8) of the group, or r - mean."
     )
@@ -107,6 +121,19 @@ class RlvrSection(Section):
     no_eos_penalty: float = Field(
         default=0.0, description="Reward of a completion without end-of-text; 0: it scores 0."
     )
+
+    @model_validator(mode="after")
+    def _fits_the_kind(self) -> Self:
+        if self.kind == "ppo" and self.advantage != "standard":
+            raise ValueError(f"advantage: {self.advantage} compares answers of a group; ppo has a value model for that")
+        if self.kind != "ppo":
+            if self.samples_per_prompt < 2:
+                raise ValueError(f"{self.kind} compares the answers to a prompt: samples_per_prompt must be at least 2")
+            if self.kl_in == "reward":
+                raise ValueError(f"kl_in: reward is for ppo; {self.kind} has one reward per answer")
+            if self.dual_clip is not None:
+                raise ValueError(f"dual_clip belongs to ppo, not to {self.kind}")
+        return self
 
 
 class StageConfig(Section):
@@ -185,8 +212,17 @@ class RewardModelConfig(StageConfig):
 class RlvrConfig(StageConfig):
     train: RlvrTrainSection
     rlvr: RlvrSection
+    value: ValueSection | None = Field(default=None, description="Value model of rlvr.kind: ppo.")
     rollout: RolloutSection = RolloutSection()
     verifier: VerifierSection = VerifierSection()
+
+    @model_validator(mode="after")
+    def _value_model_of_ppo(self) -> Self:
+        if self.rlvr.kind == "ppo" and self.value is None:
+            raise ValueError("rlvr.kind is ppo: give value.model.path (a reward model) and value.optimizer")
+        if self.rlvr.kind != "ppo" and self.value is not None:
+            raise ValueError(f"a value model belongs to rlvr.kind: ppo, not to {self.rlvr.kind}")
+        return self
 
 
 class PreferSection(Section):

@@ -1,7 +1,8 @@
-"""Group-relative policy optimisation (GRPO) on the scored tokens. Shapes: K scored tokens of this rank, Q sequences."""
+"""Clipped policy gradients (GRPO, PPO) on the scored tokens. Shapes: K scored tokens of this rank, Q sequences."""
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from torch import Tensor
@@ -22,7 +23,9 @@ def policy_terms(
     global_count: int,
     clip_low: float,
     clip_high: float,
-    kind: Literal["grpo"] = "grpo",
+    kind: Literal["grpo", "ppo"] = "grpo",
+    dual_clip: float = math.inf,
+    old_logprobs_K: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_kind: Literal["k1", "k2", "k3"] = "k3",
     reference_logprobs_K: Tensor | None = None,
@@ -31,8 +34,10 @@ def policy_terms(
     """Clipped surrogate plus `kl_coef` times the KL estimate to the reference (arXiv 2402.03300 eq. 3).
 
     Args:
-        behaviour_logprobs_K: log-probs under the policy that sampled (the denominator of the ratio), fp32.
-        advantages_K: advantage of the token's sequence.
+        behaviour_logprobs_K: log-probs under the policy that sampled, fp32.
+        old_logprobs_K: denominator of the ratio; None: behaviour_logprobs_K.
+        advantages_K: advantage of the token (grpo: of its sequence).
+        dual_clip: bound of the ratio where the advantage is negative (arXiv 1912.09729).
         lengths_Q: scored tokens of each sequence of the whole pack.
         normalisation: `token_mean` weighs every token of the global batch the same, `sequence_mean` every sequence.
         global_count: tokens (token_mean) or sequences (sequence_mean) of the global batch, all ranks.
@@ -56,6 +61,8 @@ def policy_terms(
         kind=kind,
         clip_low=clip_low,
         clip_high=clip_high,
+        dual_clip=dual_clip,
+        old_logprobs_K=old_logprobs_K,
         reference_logprobs_K=reference_logprobs_K,
         kl_coef=kl_coef,
         kl_kind=kl_kind,

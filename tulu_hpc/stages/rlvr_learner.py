@@ -7,18 +7,33 @@ from typing import Any
 
 from tulu_hpc.config.schema import RlvrConfig
 from tulu_hpc.data.datasets import Prompt
+from tulu_hpc.parallel.second_layout import SecondLayout
 from tulu_hpc.rollout.embedded import EmbeddedEngine
 from tulu_hpc.rollout.engine import Sampling
 from tulu_hpc.stages.served import ServedEngine
 from tulu_hpc.stages.training_run import Run
+from tulu_hpc.training.partner import Partner
 from tulu_hpc.training.runner import Runner
 from tulu_hpc.training.trainer import Trainer
 from tulu_hpc.verifiers.sandbox import VerifierPool
 
 
 @dataclass
+class ValueModel:
+    """PPO's value model; everything that touches `trainer` happens inside `place.active()`."""
+
+    trainer: Trainer
+    place: SecondLayout
+
+    @property
+    def partner(self) -> Partner:
+        """Its part of a checkpoint."""
+        return Partner("value", self.trainer, self.place.active)
+
+
+@dataclass
 class Learner:
-    """What one process needs for a rollout step; `reference` is None when kl_coef is 0."""
+    """What one process needs for a rollout step; `reference` is None when kl_coef is 0, `value` without ppo."""
 
     run: Run
     config: RlvrConfig
@@ -30,3 +45,9 @@ class Learner:
     sampling: Sampling
     tokenizer: Any
     pad_id: int
+    value: ValueModel | None = None
+
+    @property
+    def partners(self) -> list[Partner]:
+        """What is saved with the policy."""
+        return [] if self.value is None else [self.value.partner]

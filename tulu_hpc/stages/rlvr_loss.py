@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from tulu_hpc.data.packed_batch import PackedBatch
@@ -21,15 +23,21 @@ def policy_loss(learner: Learner, counts: GlobalCounts, watch: Mismatch | None) 
 
     def loss(output: TokenLogprobs, batch: RankBatch) -> Terms:
         pack = batch.batch
-        advantages_Q = pack.per_sequence.get("advantage", output.logprobs_K.new_zeros(0))
         sequence_id_K = own_targets(pack.sequence_id_K, batch)
-        behaviour_K = _column(pack, "behaviour_logprobs", batch, output.logprobs_K)
+        behaviour_K = column(pack, "behaviour_logprobs", batch, output.logprobs_K)
+        if rlvr.kind == "ppo":
+            advantages_K = column(pack, "advantages", batch, output.logprobs_K)
+        else:
+            advantages_K = pack.per_sequence.get("advantage", output.logprobs_K.new_zeros(0))[sequence_id_K]
         if watch is not None:
             watch.add(output.logprobs_K.detach(), behaviour_K)
         return policy_terms(
             output.logprobs_K,
             behaviour_logprobs_K=behaviour_K,
-            advantages_K=advantages_Q[sequence_id_K],
+            old_logprobs_K=(
+                column(pack, "old_logprobs", batch, output.logprobs_K) if rlvr.old_logprobs == "trainer" else None
+            ),
+            advantages_K=advantages_K,
             sequence_id_K=sequence_id_K,
             lengths_Q=sequence_lengths(pack.sequence_id_K, pack.num_sequences),
             kind=rlvr.kind,
@@ -37,10 +45,11 @@ def policy_loss(learner: Learner, counts: GlobalCounts, watch: Mismatch | None) 
             global_count=counts.targets if rlvr.normalisation == "token_mean" else counts.sequences,
             clip_low=rlvr.clip_low,
             clip_high=rlvr.clip_high,
-            kl_coef=rlvr.kl_coef,
+            dual_clip=rlvr.dual_clip or math.inf,
+            kl_coef=rlvr.kl_coef if rlvr.kl_in == "loss" else 0.0,
             kl_kind=rlvr.kl_kind,
             reference_logprobs_K=(
-                _column(pack, "reference_logprobs", batch, output.logprobs_K) if learner.reference is not None else None
+                column(pack, "reference_logprobs", batch, output.logprobs_K) if learner.reference is not None else None
             ),
             cp_group=groups.pg.cp if groups.cp_size > 1 else None,
         )
@@ -48,7 +57,7 @@ def policy_loss(learner: Learner, counts: GlobalCounts, watch: Mismatch | None) 
     return loss
 
 
-def _column(pack: PackedBatch, name: str, batch: RankBatch, like_K: Tensor) -> Tensor:
+def column(pack: PackedBatch, name: str, batch: RankBatch, like_K: Tensor) -> Tensor:
     """A column of the pack at this rank's targets; an empty pack has no columns."""
     column = pack.per_target.get(name)
     return like_K.new_zeros(0) if column is None else own_targets(column, batch)

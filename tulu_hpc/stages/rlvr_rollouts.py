@@ -26,7 +26,7 @@ class Group:
     prompt: Prompt
     completions: list[Completion]
     rewards: list[float]
-    advantages: list[float] | None  # None: all rewards are equal
+    advantages: list[float] | None  # None: all rewards are equal, or ppo
 
 
 def prompts_of_step(prompts: Sequence[Prompt], config: RlvrConfig, step: int) -> list[Prompt]:
@@ -81,7 +81,8 @@ def score_rollouts(learner: Learner, rollouts: Sequence[tuple[int, Prompt, list[
         for completion in completions:
             score = next(verdicts).score
             rewards.append(rlvr.verification_reward * score if ended_itself(completion) else rlvr.no_eos_penalty)
-        scored.append(Group(number, prompt, completions, rewards, group_advantages(rewards, rlvr.advantage)))
+        advantages = None if rlvr.kind == "ppo" else group_advantages(rewards, rlvr.advantage)
+        scored.append(Group(number, prompt, completions, rewards, advantages))
     return scored
 
 

@@ -1,11 +1,11 @@
-"""One GRPO step: prompts -> answers -> verdicts -> rewards -> advantages -> packs -> reference log-probs -> updates."""
+"""One step: prompts -> answers -> verdicts -> rewards -> advantages -> packs -> log-probs (-> values) -> updates."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from tulu_hpc.rollout.texts import ended_itself
-from tulu_hpc.stages import rlvr_gate, rlvr_metrics
+from tulu_hpc.stages import rlvr_gate, rlvr_metrics, rlvr_values
 from tulu_hpc.stages.rlvr_learner import Learner
 from tulu_hpc.stages.rlvr_loss import policy_loss
 from tulu_hpc.stages.rlvr_metrics import Mismatch, RolloutStats
@@ -35,18 +35,27 @@ def rollout_step(
     if learner.reference is not None:
         for packs in minibatches:
             add_logprobs("reference_logprobs", learner.reference, packs)
+    if config.rlvr.old_logprobs == "trainer":
+        for packs in minibatches:
+            add_logprobs("old_logprobs", learner.trainer.runner, packs)
     clock.lap("reference")
     if check_mismatch:
         rlvr_gate.check_first(learner, step, minibatches)
+    experience = None
+    if learner.value is not None:
+        experience = rlvr_values.prepare_experience(learner, scored, minibatches)
+        clock.lap("values")
     mismatch = Mismatch()
     results: list[StepResult] = []
     for epoch in range(config.rlvr.epochs):
-        for packs, count in zip(minibatches, counts, strict=True):
+        for index, (packs, count) in enumerate(zip(minibatches, counts, strict=True)):
             if count.targets == 0:
                 continue
             # Only before the first update do trainer and engine hold the same weights.
             watch = mismatch if epoch == 0 and not results else None
             results.append(train_step(learner.trainer, packs, policy_loss(learner, count, watch)))
+            if experience is not None:
+                experience.train(index)
     learner.engine.version = learner.trainer.step
     clock.lap("train")
     rlvr_gate.require_match(
@@ -61,6 +70,7 @@ def rollout_step(
         **rlvr_metrics.mismatch_metrics([each["mismatch"] for each in shares if each["mismatch"] is not None]),
         **{f"verifier/{name}": float(verdicts[name]) for name in LOSSES},
         **update_metrics(results, updates),
+        **(experience.all_metrics() if experience is not None else {}),
         **clock.metrics(),
     }
     return metrics, any(each["stop"] for each in shares)
@@ -85,7 +95,7 @@ def rollout_stats(learner: Learner, scored: Sequence[Group]) -> RolloutStats:
     for group in scored:
         name = "+".join(group.prompt.record.dataset)
         stats.groups += 1
-        stats.live_groups += group.advantages is not None
+        stats.live_groups += group.advantages is not None or learner.value is not None
         for completion, reward in zip(group.completions, group.rewards, strict=True):
             stats.add(name, reward, reward / full if full else 0.0, completion, ended_itself(completion))
     return stats
