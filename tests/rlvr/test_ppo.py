@@ -300,7 +300,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
 
 def test_killed_runs_end_like_the_whole_one(inputs: Path, tmp_path: Path) -> None:
     """At random events inside a save, too: policy and value model are always of one step."""
-    kill_at_random(inputs, tmp_path, "ppo", 4, parallel__tensor=2, value__parallel={"tensor": 1})
+    kill_at_random(inputs, tmp_path, "ppo", 2, parallel__tensor=2, value__parallel={"tensor": 1})
 
 
 @pytest.mark.soak
