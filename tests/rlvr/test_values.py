@@ -85,7 +85,7 @@ def test_value_terms() -> None:
 
 def test_columns_travel_by_answer(tmp_path: Path) -> None:
     """Also those of a group that is cut over two packs."""
-    config = ppo_config(tmp_path, tmp_path / "r", rlvr__samples_per_prompt=3, train__pack_rows=6)
+    config = ppo_config(tmp_path, tmp_path / "r", rlvr__samples_per_prompt=3, train__pack_rows=5)
     record = RlvrRecord([Message("user", "a")], ["1"], ["gsm8k"], "s", "id")
     answers = [Completion(list(range(1, 2 + size)), [-1.0] * (1 + size), "stop", 1, 0) for size in range(3)]
     group = Group(4, Prompt([5, 6, 7], record), answers, [10.0, 0.0, -10.0], None)
