@@ -18,7 +18,9 @@ from tulu_hpc.parallel.layout import Layout, destroy, initialize_fake, layout_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PUBLISHED = [f"tulu3/{size}/{stage}.yaml" for size in ("8b", "70b", "405b") for stage in ("sft", "sft_fixed", "dpo")]
+PUBLISHED += [f"tulu3/{size}/rlvr.yaml" for size in ("8b", "70b", "405b")]
 PUBLISHED += ["tulu3/8b/rm.yaml", "tulu3.1/8b/grpo.yaml"]
+FRAGMENTS = ("model", "value_model")  # stems of files without a model path, which others extend
 
 # Parameters at 128,256 vocabulary rows: 8B and 70B as the hub's safetensors index counts them.
 PARAMETERS = {"8b": 8_030_261_248, "70b": 70_553_706_496, "405b": 405_853_388_800}
@@ -146,12 +148,56 @@ def test_grpo_has_the_published_numbers() -> None:
     assert (config.rollout.temperature, config.rollout.max_new_tokens, config.train.steps) == (1.0, 2048, 1920)
 
 
+@pytest.mark.parametrize(
+    ("size", "lr", "warmup", "kl_coef", "epochs", "batch", "steps", "answer", "seed"),
+    [
+        ("8b", 3e-7, 0.0, 0.05, 4, 224, 100_000 // 224, 2048, 3),
+        ("70b", 1e-7, 0.1, 0.07, 4, 640, 400_000 // 640, 2048, 8),
+        ("405b", 1e-7, 0.0, 0.05, 1, 1856, 300_000 // 1856 + 1, 1024, 3),
+    ],
+)
+def test_ppo_has_the_papers_numbers(
+    size: str, lr: float, warmup: float, kl_coef: float, epochs: int, batch: int, steps: int, answer: int, seed: int
+) -> None:
+    config = load_training_config(CONFIGS / f"tulu3/{size}/rlvr.yaml", [])
+    assert isinstance(config, RlvrConfig)
+    rlvr, value = config.rlvr, config.value
+    assert value is not None and value.model.architecture is not None
+    for optimizer in (config.optimizer, value.optimizer):
+        assert (optimizer.lr, optimizer.schedule, optimizer.warmup_ratio) == (lr, "linear", warmup)
+        assert (optimizer.betas, optimizer.eps, optimizer.clip_grad) == ((0.9, 0.999), 1e-8, 1.0)
+    assert (rlvr.kind, rlvr.kl_in, rlvr.kl_kind, rlvr.kl_coef) == ("ppo", "reward", "k1", kl_coef)
+    assert (rlvr.prompts_per_step * rlvr.samples_per_prompt, rlvr.epochs, rlvr.minibatches) == (batch, epochs, 1)
+    assert (rlvr.clip_low, rlvr.clip_high, rlvr.dual_clip) == (0.2, 0.2, None)
+    assert (rlvr.verification_reward, rlvr.no_eos_penalty) == (10.0, -10.0)
+    assert (value.gamma, value.lam, value.coef, value.clip, value.whiten) == (1.0, 0.95, 0.1, 0.2, True)
+    assert (config.train.steps, config.run.seed) == (steps, seed)
+    assert (config.data.max_length, config.rollout.max_new_tokens, config.rollout.temperature) == (2048, answer, 1.0)
+    assert value.model.architecture.parameter_count() == PARAMETERS["8b"], "one value model for all sizes"
+    assert config.verifier.rules == "tulu3-compat"
+
+
+@pytest.mark.parametrize("size", ["8b", "70b", "405b"])
+def test_value_models_build_in_their_own_layout(size: str) -> None:
+    config = load_training_config(CONFIGS / f"tulu3/{size}/rlvr.yaml", [])
+    assert isinstance(config, RlvrConfig) and config.value is not None and config.value.model.architecture is not None
+    shape, layout = config.value.model.architecture, layout_of(config.value.parallel or config.parallel)
+    layout.data(config.run.gpus or 1)
+    (chunk,) = build_model(shape, initialize_fake(layout, rank=0, world_size=layout.model_parallel), device="meta",
+                           dtype=torch.bfloat16, head="value")  # fmt: skip
+    counts = [
+        parameter.numel() * (layout.tensor if getattr(parameter, "tensor_model_parallel", False) else 1)
+        for parameter in chunk.parameters()
+    ]
+    assert sum(counts) == shape.parameter_count() - (shape.vocab_size - 1) * shape.hidden_size
+
+
 def test_every_training_file_is_covered() -> None:
     """A new file under configs/tulu3* must be listed above; fragments (without a model path) are not training files."""
     found = {
         str(path.relative_to(CONFIGS))
         for folder in ("tulu3", "tulu3.1")
         for path in (CONFIGS / folder).rglob("*.yaml")
-        if path.stem != "model"
+        if path.stem not in FRAGMENTS
     }
     assert found == set(PUBLISHED)

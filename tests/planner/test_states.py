@@ -103,6 +103,30 @@ def test_bytes_of_an_fp32_head_equal_the_built_model(tied: bool) -> None:
         assert stage.optimizer == -(-state // 2)
 
 
+def test_a_value_model_shares_the_ranks() -> None:
+    """Its states are added to every stage; what it needs while it is trained competes with the policy's activations."""
+    policy = Workload(LLAMA_405B, Layout(tensor=8, pipeline=8, sequence=True, account_for_embedding=True,
+                                         account_for_loss=True), data=2, rows=4096, recompute="full")  # fmt: skip
+    update = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    small = LLAMA_405B.model_copy(update=update)
+    value = Workload(small, Layout(tensor=4, pipeline=2, sequence=True), data=16, rows=65536, head="value")
+    beside = plan_memory(value)
+    assert beside[0].states != beside[1].states
+    for alone, both in zip(plan_memory(policy), plan_memory(replace(policy, value=value)), strict=True):
+        assert both.states - alone.states == max(stage.states for stage in beside)
+        peak = max(stage.activations + stage.logits for stage in beside)
+        assert peak > alone.activations + alone.logits, "the value model's packs are the larger ones here"
+        assert both.total == both.states + peak
+        assert sum(both.terms().values()) == both.states + both.activations + both.logits + both.cache + peak
+
+
+@pytest.mark.parametrize("size", ["8b", "70b", "405b"])
+def test_published_ppo_fits_with_its_value_model(size: str) -> None:
+    config = load_training_config(CONFIGS / f"tulu3/{size}/rlvr.yaml", [])
+    text, fits = plan_text(config)
+    assert fits and "value model: 7,504,928,768 parameters" in text
+
+
 def test_micro_batches_in_flight() -> None:
     plain = Layout(pipeline=4)
     assert [micro_batches_in_flight(plain, stage) for stage in range(4)] == [4, 3, 2, 1]

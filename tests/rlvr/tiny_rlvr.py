@@ -50,8 +50,8 @@ def _merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def rlvr_config(inputs: Path, run: Path, **changes: Any) -> RlvrConfig:
-    """A short run; `changes` are dotted keys with `__` for the dot."""
+def rlvr_config(inputs: Path, run: Path, *, value: dict[str, Any] | None = None, **changes: Any) -> RlvrConfig:
+    """A short run; `changes` are dotted keys with `__` for the dot, `value` is that section."""
     values: dict[str, Any] = {
         "run": {"dir": str(run), "root": str(run.parent), "seed": 3, "threads": 1},
         "model": {"path": str(inputs / "model")},
@@ -62,7 +62,7 @@ def rlvr_config(inputs: Path, run: Path, **changes: Any) -> RlvrConfig:
         "rollout": {"max_new_tokens": 8, "max_sequences": 16, "temperature": 0.9},
         "telemetry": {"tensorboard": False},
     }
-    return RlvrConfig.model_validate(_merge(values, changes))
+    return RlvrConfig.model_validate(_merge(values, changes) | ({} if value is None else {"value": value}))
 
 
 def prefer_config(inputs: Path, output: Path, **changes: Any) -> PreferConfig:

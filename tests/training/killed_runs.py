@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.rlvr import tiny_rlvr
+from tests.rlvr import tiny_ppo, tiny_rlvr
 from tests.training import kill_points, tiny_run
 from tulu_hpc.config.loader import load_config
 from tulu_hpc.config.schema import DpoConfig, RewardModelConfig, RlvrConfig, SftConfig
@@ -28,6 +28,7 @@ STAGES: dict[str, tuple[Any, Callable[[Any], Path]]] = {
     "dpo": (DpoConfig, dpo.run),
     "rm": (RewardModelConfig, reward_model.run),
     "rlvr": (RlvrConfig, rlvr.run),
+    "ppo": (RlvrConfig, rlvr.run),
 }
 RANKS = 2
 
@@ -109,8 +110,9 @@ def kill_all(pids: list[int]) -> None:
 
 def prepare(inputs: Path, run: Path, verb: str, **changes: Any) -> Path:
     run.parent.mkdir(parents=True, exist_ok=True)
-    if verb == "rlvr":
-        values = tiny_rlvr.rlvr_config(inputs, run, train__export_hf=True, **changes).model_dump(mode="json")
+    if verb in ("rlvr", "ppo"):
+        make = tiny_ppo.ppo_config if verb == "ppo" else tiny_rlvr.rlvr_config
+        values = make(inputs, run, train__export_hf=True, **changes).model_dump(mode="json")
         return tiny_run.write_config(values, run.with_suffix(".yaml"))
     return tiny_run.write_config(tiny_run.config(inputs, run, verb, **changes), run.with_suffix(".yaml"))
 

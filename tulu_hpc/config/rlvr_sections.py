@@ -1,4 +1,4 @@
-"""The section `rlvr`: which policy loss, and what a rollout step samples and learns from."""
+"""The sections `rlvr`: policy loss, and what a step samples and learns from; and `value`: PPO's value model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tulu_hpc.config.sections import Section
+from tulu_hpc.config.layer_spec import check_layer_spec
+from tulu_hpc.config.sections import ModelSection, OptimizerSection, ParallelSection, Section
 
-PolicyKind = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"]
+PolicyKind = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "ppo"]
 AdvantageKind = Literal["standard", "centered", "leave_one_out"]
 Normalisation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 
@@ -26,9 +27,12 @@ KIND_DEFAULTS: dict[str, dict[str, Any]] = {
 class RlvrSection(Section):
     """Defaults are those of grpo; the other kinds' are in docs/policy.md."""
 
-    kind: PolicyKind = Field(default="grpo", description="Formulas, sources and defaults: docs/policy.md.")
+    kind: PolicyKind = Field(
+        default="grpo",
+        description="Formulas, sources and defaults: docs/policy.md; `ppo`: advantages per token, see `value`.",
+    )
     prompts_per_step: int = Field(ge=1)
-    samples_per_prompt: int = Field(ge=2)
+    samples_per_prompt: int = Field(ge=1, description="At least 2 where answers are compared (all kinds but ppo).")
     epochs: int = Field(default=1, ge=1, description="Passes over the samples of one step.")
     minibatches: int = Field(default=1, ge=1, description="Optimizer steps per pass.")
     clip_low: float = Field(default=0.2, ge=0, le=1, description="The ratio is clipped below 1 - clip_low.")
@@ -38,10 +42,13 @@ class RlvrSection(Section):
     )
     kl_coef: float = Field(default=0.01, ge=0, description="0: no reference is loaded.")
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = Field(
+        default="loss", description="`reward` (ppo): subtracted from the reward of each token, without gradient."
+    )
     old_logprobs: Literal["engine", "trainer"] = Field(
         default="engine",
-        description="Denominator of the ratio: log-probs that the engine sampled with, or the trainer's, computed "
-        "before the first update of a step (always with importance weights).",
+        description="Denominator of the ratio (and the policy of kl_in: reward): log-probs that the engine sampled "
+        "with, or the trainer's, computed before the first update of a step (always with importance weights).",
     )
     advantage: AdvantageKind = Field(
         default="standard",
@@ -97,6 +104,12 @@ class RlvrSection(Section):
     @model_validator(mode="after")
     def _fits_the_kind(self) -> Self:
         kind = self.kind
+        if kind == "ppo" and self.advantage != "standard":
+            raise ValueError(f"advantage: {self.advantage} compares answers of a group; ppo has a value model for that")
+        if kind != "ppo" and self.samples_per_prompt < 2:
+            raise ValueError(f"{kind} compares the answers to a prompt: samples_per_prompt must be at least 2")
+        if kind != "ppo" and self.kl_in == "reward":
+            raise ValueError(f"kl_in: reward is for ppo; {kind} has one reward per answer")
         if kind == "dr_grpo" and self.advantage == "standard":
             raise ValueError("kind dr_grpo does not divide by the standard deviation: advantage standard is not for it")
         if kind == "dr_grpo" and self.normalisation != "constant":
@@ -142,3 +155,33 @@ class RlvrSection(Section):
             0.5 if self.importance_low is None else self.importance_low,
             2.0 if self.importance_cap is None else self.importance_cap,
         )
+
+
+class ValueSection(Section):
+    """PPO's value model: a model of its own with a scalar head, optimizer and layout."""
+
+    model: ModelSection = Field(description="A reward model (the export of `rm`); it may be smaller than the policy.")
+    new_head: bool = Field(
+        default=False, description="Draw the scalar head by run.seed where model.path is a language model."
+    )
+    parallel: ParallelSection | None = Field(
+        default=None, description="Layout of the value model over the same processes; empty: that of the policy."
+    )
+    optimizer: OptimizerSection = Field(description="As of the policy; one step after each of the policy's.")
+    recompute: Literal["none", "selective", "full"] = "none"
+    gamma: float = Field(default=1.0, ge=0, le=1, description="Discount per token.")
+    lam: float = Field(default=0.95, ge=0, le=1, description="Of generalised advantage estimation.")
+    whiten: bool = Field(default=True, description="Advantages of a whole step to mean 0 and deviation 1.")
+    coef: float = Field(default=0.1, gt=0, description="Of the value loss; matters beside clip_grad and eps only.")
+    clip: float | None = Field(
+        default=0.2, gt=0, description="How far a value may move from the old one in the loss; empty: no limit."
+    )
+
+    @model_validator(mode="after")
+    def _scalar_head(self) -> Self:
+        if self.model.fp32_head:
+            raise ValueError("model.fp32_head is of the vocabulary's head; a scalar head computes in fp32 anyway")
+        if self.parallel is not None and self.parallel.tp_comm_overlap:
+            raise ValueError("parallel.tp_comm_overlap has buffers for one model per process, which are the policy's")
+        check_layer_spec(self.model, self.parallel or ParallelSection(), decodes=False)
+        return self

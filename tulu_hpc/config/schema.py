@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.layer_spec import check_layer_spec
-from tulu_hpc.config.rlvr_sections import RlvrSection
+from tulu_hpc.config.rlvr_sections import RlvrSection, ValueSection
 from tulu_hpc.config.sections import (
     DataSection,
     FileName,
@@ -166,6 +166,7 @@ class RewardModelConfig(StageConfig):
 class RlvrConfig(StageConfig):
     train: RlvrTrainSection
     rlvr: RlvrSection
+    value: ValueSection | None = Field(default=None, description="Value model of rlvr.kind: ppo.")
     rollout: RolloutSection = RolloutSection()
     verifier: VerifierSection = VerifierSection()
 
@@ -176,6 +177,14 @@ class RlvrConfig(StageConfig):
                 f"rlvr.overlong_buffer {self.rlvr.overlong_buffer} is longer than "
                 f"rollout.max_new_tokens {self.rollout.max_new_tokens}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _value_model_of_ppo(self) -> Self:
+        if self.rlvr.kind == "ppo" and self.value is None:
+            raise ValueError("rlvr.kind is ppo: give value.model.path (a reward model) and value.optimizer")
+        if self.rlvr.kind != "ppo" and self.value is not None:
+            raise ValueError(f"a value model belongs to rlvr.kind: ppo, not to {self.rlvr.kind}")
         return self
 
 

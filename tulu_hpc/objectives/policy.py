@@ -1,7 +1,8 @@
-"""Policy losses of the GRPO family.  Shapes: K scored tokens of this rank, Q sequences of the pack."""
+"""Clipped policy gradients (the GRPO family, PPO).  Shapes: K scored tokens of this rank, Q sequences of the pack."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -28,7 +29,7 @@ def policy_terms(
     normalisation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"],
     global_count: int,
     constant_length: int = 1,
-    kind: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"] = "grpo",
+    kind: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "ppo"] = "grpo",
     clip_low: float | None = None,
     clip_high: float | None = None,
     dual_clip: float | None = None,
@@ -46,7 +47,7 @@ def policy_terms(
 
     Args:
         behaviour_logprobs_K: log-probs under the policy that sampled, fp32.
-        advantages_K: advantage of the token's sequence.
+        advantages_K: advantage of the token (all kinds but ppo: of its sequence).
         lengths_Q: scored tokens of each sequence of the whole pack.
         normalisation: `token_mean` weighs every token of the global batch the same; the others every sequence, by the
             mean over its tokens, their sum, or (`constant`) their sum over `constant_length`.
@@ -99,7 +100,8 @@ def policy_terms(
         kind=_KERNEL_KINDS.get(kind, kind),
         clip_low=clip_low,
         clip_high=clip_high,
-        dual_clip=dual_clip,
+        # The kernel has a bound of its own for ppo; here none is none.
+        dual_clip=math.inf if dual_clip is None and kind == "ppo" else dual_clip,
         old_logprobs_K=old_logprobs_K,
         reference_logprobs_K=reference_logprobs_K,
         kl_coef=kl_coef,

@@ -164,6 +164,15 @@ class Groups:
         dist.all_gather_object(values, value)
         return values
 
+    def all_gather_over_replicas(self, value: Any) -> list[Any]:
+        """The `value` of every data-parallel replica, in the order of their ranks (pickled); the processes of a replica
+        hold equal values."""
+        if self.dp_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.dp_size
+        dist.all_gather_object(values, value, group=self.pg.dp)
+        return values
+
     def barrier(self) -> None:
         """Wait for every rank of the job."""
         if self.world_size > 1:
@@ -197,7 +206,8 @@ def initialize(layout: Layout, *, seed: int, timeout_minutes: float = 30.0) -> G
     layout.data(dist.get_world_size())
     random.seed(seed)
     torch.manual_seed(seed)
-    groups = _build_groups(layout, timeout_minutes)
+    _forget_groups()
+    groups = build_groups(layout, timeout_minutes)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return groups
 
@@ -213,7 +223,8 @@ def initialize_fake(layout: Layout, *, rank: int, world_size: int) -> Groups:
     layout.data(world_size)
     destroy()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    groups = _build_groups(layout, 30.0)
+    _forget_groups()
+    groups = build_groups(layout, 30.0)
     tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     return groups
 
@@ -225,7 +236,7 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
-_built: list[dist.ProcessGroup] = []  # by `_build_groups`; megatron forgets its groups without ending their threads
+_built: list[dist.ProcessGroup] = []  # by `build_groups`; megatron forgets its groups without ending their threads
 
 
 def _forget_groups() -> None:
@@ -244,8 +255,8 @@ def _known_groups() -> list[dist.ProcessGroup]:
     return list(dist.distributed_c10d._world.pg_map)
 
 
-def _build_groups(layout: Layout, timeout_minutes: float) -> Groups:
-    _forget_groups()
+def build_groups(layout: Layout, timeout_minutes: float) -> Groups:
+    """Groups of a layout in megatron's globals, which must be empty; `initialize` and `second_layout` see to that."""
     before = _known_groups()
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,

@@ -19,7 +19,7 @@ Sequence parallelism divides the residual stream by t too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.kernels.linear_logprob.buffers import extra_bytes
@@ -44,6 +44,7 @@ class Workload:
         cache_tokens: tokens of the rollout engine's key/value cache on one replica.
         fp32_head: the head (tied: the embedding too) is fp32: 4 + 4 + 8/d bytes per parameter.
         head: `value`: one number per row instead of the vocabulary.
+        value: a value model beside it, on the same ranks at a layout of its own; the two take turns.
     """
 
     architecture: Architecture
@@ -64,11 +65,16 @@ class Workload:
     cache_tokens: int = 0
     fp32_head: bool = False
     head: Head = "logprobs"
+    value: Workload | None = None
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of one rank of a stage; `layers` per virtual chunk, `in_flight` micro-batches whose activations live."""
+    """Bytes of one rank of a stage; `layers` per virtual chunk, `in_flight` micro-batches whose activations live.
+
+    `value` is the state of a value model, `value_peak` what it needs on top while it is trained; both of its worst
+    stage, since its ranks meet the policy's in any combination.
+    """
 
     stage: int
     layers: tuple[int, ...]
@@ -81,16 +87,18 @@ class StageMemory:
     logits: int
     cache: int
     in_flight: float
+    value: int = 0
+    value_peak: int = 0
 
     @property
     def states(self) -> int:
         """Weights, gradients and optimizer state: what stays between steps."""
-        return self.weights + self.gradients + self.optimizer + self.reference
+        return self.weights + self.gradients + self.optimizer + self.reference + self.value
 
     @property
     def total(self) -> int:
-        """Peak: training and generation take turns."""
-        return self.states + max(self.activations + self.logits, self.cache)
+        """Peak: training, that of the value model, and generation take turns."""
+        return self.states + max(self.activations + self.logits, self.cache, self.value_peak)
 
     def terms(self) -> dict[str, int]:
         return {
@@ -98,9 +106,11 @@ class StageMemory:
             "gradients": self.gradients,
             "optimizer": self.optimizer,
             "reference": self.reference,
+            "value model": self.value,
             "activations": self.activations,
             "logits": self.logits,
             "kv cache": self.cache,
+            "value activations": self.value_peak,
         }
 
 
@@ -111,7 +121,12 @@ def plan_memory(work: Workload) -> list[StageMemory]:
         LayoutError: the model cannot be split this way.
     """
     check_layout(work.architecture, work.layout)
-    return [_stage(work, stage) for stage in range(work.layout.pipeline)]
+    stages = [_stage(work, stage) for stage in range(work.layout.pipeline)]
+    if work.value is None:
+        return stages
+    beside = plan_memory(work.value)
+    states, peak = max(each.states for each in beside), max(each.total - each.states for each in beside)
+    return [replace(stage, value=states, value_peak=peak) for stage in stages]
 
 
 def stage_parameters(work: Workload, stage: int) -> int:

@@ -10,6 +10,7 @@ from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.layer_spec import row_step
 from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.schema import DpoConfig, RewardModelConfig, RlvrConfig
+from tulu_hpc.config.sections import ModelSection
 from tulu_hpc.config.verbs import TrainingConfig
 from tulu_hpc.parallel.layout import LayoutError, layout_of
 from tulu_hpc.planner.hardware import GIB, RESERVED_BYTES, Gpu, find_gpu
@@ -20,27 +21,24 @@ def workload(config: TrainingConfig, gpus: int | None = None) -> Workload:
     """What a configuration asks of `gpus` ranks (None: run.gpus, else one replica).
 
     Raises:
-        ConfigError: the shape of the model is known from neither `model.architecture` nor `model.path`.
+        ConfigError: the shape of a model is known from neither `model.architecture` nor `model.path`.
         LayoutError: the ranks cannot hold whole replicas.
     """
-    architecture = config.model.architecture
-    if architecture is None:
-        try:
-            architecture = Architecture.from_hf(config.model.path)
-        except ValueError as error:
-            raise ConfigError(f"model.architecture is not given, and {error}") from error
+    architecture = _architecture(config.model, "model")
     layout = layout_of(config.parallel, row_step(config.model, config.parallel, config.train.pack_rows))
-    copies = cache = 0
+    copies, cache, value = 0, 0, None
+    ranks = gpus or config.run.gpus or layout.model_parallel
     if isinstance(config, DpoConfig):
         copies = int(config.dpo.reference == "resident")
     if isinstance(config, RlvrConfig):
         copies = int(config.rlvr.kl_coef > 0)
         rollout = config.rollout
         cache = rollout.max_sequences * (config.data.max_length + rollout.max_new_tokens)
+        value = _value_workload(config, ranks)
     return Workload(
         architecture=architecture,
         layout=layout,
-        data=layout.data(gpus or config.run.gpus or layout.model_parallel),
+        data=layout.data(ranks),
         rows=config.train.pack_rows,
         dtype_bytes=4 if config.model.dtype == "float32" else 2,
         gradient_bytes=4 if config.optimizer.gradient_dtype == "float32" else 2,
@@ -53,7 +51,39 @@ def workload(config: TrainingConfig, gpus: int | None = None) -> Workload:
         cache_tokens=cache,
         fp32_head=config.model.fp32_head,
         head="value" if isinstance(config, RewardModelConfig) else "logprobs",
+        value=value,
     )
+
+
+def _value_workload(config: RlvrConfig, ranks: int) -> Workload | None:
+    """PPO's value model over the same ranks."""
+    section = config.value
+    if section is None:
+        return None
+    parallel = section.parallel or config.parallel
+    layout = layout_of(parallel, row_step(section.model, parallel, config.train.pack_rows))
+    return Workload(
+        architecture=_architecture(section.model, "value.model"),
+        layout=layout,
+        data=layout.data(ranks),
+        rows=config.train.pack_rows,
+        dtype_bytes=4 if section.model.dtype == "float32" else 2,
+        gradient_bytes=4 if section.optimizer.gradient_dtype == "float32" else 2,
+        distributed_optimizer=parallel.distributed_optimizer,
+        moments=2 if section.optimizer.kind == "adamw" else 1,
+        recompute=section.recompute,
+        vocab_multiple=section.model.vocab_multiple,
+        head="value",
+    )
+
+
+def _architecture(model: ModelSection, key: str) -> Architecture:
+    if model.architecture is not None:
+        return model.architecture
+    try:
+        return Architecture.from_hf(model.path)
+    except ValueError as error:
+        raise ConfigError(f"{key}.architecture is not given, and {error}") from error
 
 
 def plan_text(config: TrainingConfig, *, gpu: str = "h100", gpus: int | None = None) -> tuple[str, bool]:
@@ -69,6 +99,7 @@ def plan_text(config: TrainingConfig, *, gpu: str = "h100", gpus: int | None = N
         f"{f' x {layout.virtual_pipeline} chunks' if layout.virtual_pipeline else ''}{_uneven(stages)}, "
         f"context {layout.context}, "
         f"data {work.data}; packs of {work.rows} rows, recompute {work.recompute}",
+        *_beside(work),
         "",
         *_table(stages, worst),
         "",
@@ -77,8 +108,20 @@ def plan_text(config: TrainingConfig, *, gpu: str = "h100", gpus: int | None = N
     lines += _verdict(work, worst, device, fits)
     if config.train.async_save:
         held = max(checkpoint_host_bytes(work, stage.stage) for stage in stages) / GIB
+        if work.value is not None:
+            held += max(checkpoint_host_bytes(work.value, stage) for stage in range(work.value.layout.pipeline)) / GIB
         lines.append(f"host memory while a checkpoint is written: {held:.1f} GiB per rank of the first replica")
     return "\n".join(lines), fits
+
+
+def _beside(work: Workload) -> list[str]:
+    if work.value is None:
+        return []
+    layout = work.value.layout
+    return [
+        f"value model: {_parameters(work.value):,} parameters, tensor {layout.tensor}, pipeline {layout.pipeline}, "
+        f"context {layout.context}, data {work.value.data}, recompute {work.value.recompute}"
+    ]
 
 
 def _uneven(stages: list[StageMemory]) -> str:
@@ -150,15 +193,25 @@ def _verdict(work: Workload, worst: StageMemory, device: Gpu, fits: bool) -> lis
 
 
 def _alternatives(work: Workload) -> Iterator[tuple[str, Workload]]:
-    layout = work.layout
+    layout, value = work.layout, work.value
     if work.recompute != "full":
         yield "train.recompute=full", replace(work, recompute="full")
     if work.dtype_bytes == 2 and work.gradient_bytes == 4:
         yield "optimizer.gradient_dtype=bfloat16", replace(work, gradient_bytes=2)
-    yield f"train.pack_rows={work.rows // 2}", replace(work, rows=work.rows // 2)
+    rows = work.rows // 2
+    yield (
+        f"train.pack_rows={rows}",
+        replace(work, rows=rows, value=None if value is None else replace(value, rows=rows)),
+    )
+    wider = None if value is None else replace(value, data=2 * value.data)  # of twice the GPUs
     for name in ("tensor", "pipeline", "context"):
         degree = 2 * getattr(layout, name)
         options = {name: degree, **({"sequence": True} if name == "tensor" else {})}
-        yield f"parallel.{name}={degree}, with twice the GPUs", replace(work, layout=replace(layout, **options))
+        other = replace(work, layout=replace(layout, **options), value=wider)
+        yield f"parallel.{name}={degree}, with twice the GPUs", other
     gpus = 2 * work.data * layout.model_parallel
-    yield f"--gpus {gpus} (data {2 * work.data})", replace(work, data=2 * work.data)
+    yield f"--gpus {gpus} (data {2 * work.data})", replace(work, data=2 * work.data, value=wider)
+    if value is not None and value.data % 2 == 0:
+        degree = 2 * value.layout.tensor
+        split = replace(value, layout=replace(value.layout, tensor=degree, sequence=True), data=value.data // 2)
+        yield f"value.parallel.tensor={degree}", replace(work, value=split)

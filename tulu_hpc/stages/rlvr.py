@@ -1,4 +1,4 @@
-"""Reinforcement learning with verifiable rewards: the GRPO family, on rollouts of the model that is trained.
+"""Reinforcement learning with verifiable rewards: the GRPO family or PPO, on rollouts of the model that is trained.
 
 The parts of a step are in `rlvr_step`. Every random number derives from (run.seed, step, prompt, sample), so a resumed
 run repeats the one that was not interrupted, and the samples do not depend on the layout.
@@ -18,6 +18,7 @@ from tulu_hpc.stages import training_run
 from tulu_hpc.stages.rlvr_learner import Learner
 from tulu_hpc.stages.rlvr_rollouts import fingerprint
 from tulu_hpc.stages.rlvr_step import rollout_step
+from tulu_hpc.stages.rlvr_values import open_value_model
 from tulu_hpc.stages.rollouts import load_prompts, open_engine, open_verifiers, refuse_stop_strings, sampling_of
 from tulu_hpc.stages.served import ServedEngine, check_served, start_servers
 from tulu_hpc.stages.training_run import Run
@@ -71,6 +72,8 @@ def check(config: RlvrConfig) -> None:
             f"rlvr.minibatches = {config.rlvr.minibatches} is more than "
             f"rlvr.prompts_per_step = {config.rlvr.prompts_per_step}"
         )
+    if config.rlvr.prompts_per_step * config.rlvr.samples_per_prompt >= 2**24:
+        raise ConfigError("rlvr.prompts_per_step x rlvr.samples_per_prompt must stay below 2^24")
     if config.data.max_length + config.rollout.max_new_tokens > config.train.pack_rows:
         raise ConfigError(
             f"train.pack_rows = {config.train.pack_rows} does not hold a prompt of data.max_length = "
@@ -84,7 +87,8 @@ def build(run: Run, config: RlvrConfig, stack: ExitStack) -> Learner:
     tokenizer = load_tokenizer(config.model.path, run.architecture.vocab_size)
     prompts = load_prompts(config.data, config.verifier, tokenizer, run.say)
     rlvr = config.rlvr
-    trainer = training_run.make_trainer(run, total_steps=config.train.steps * rlvr.epochs * rlvr.minibatches)
+    updates = config.train.steps * rlvr.epochs * rlvr.minibatches
+    trainer = training_run.make_trainer(run, total_steps=updates)
     reference = None
     if rlvr.kl_coef > 0:
         frozen = load_model(config.model, run.groups, run.architecture)
@@ -115,6 +119,7 @@ def build(run: Run, config: RlvrConfig, stack: ExitStack) -> Learner:
         sampling=sampling_of(config.rollout, tokenizer, config.model.path),
         tokenizer=tokenizer,
         pad_id=int(pad_id or 0),
+        value=open_value_model(run, config, updates) if config.value is not None else None,
     )
 
 
@@ -125,7 +130,7 @@ def resume(learner: Learner) -> int:
         ConfigError: the prompts are not those that the checkpoint was made with.
     """
     run = learner.run
-    found = checkpoint.load_latest(learner.trainer, run.directory.checkpoints)
+    found = checkpoint.load_latest(learner.trainer, run.directory.checkpoints, learner.partners)
     if found is None:
         return 0
     _, extra = found
@@ -158,7 +163,7 @@ def fit(learner: Learner, first: int) -> None:
     )
     progress = Progress("rlvr", train.steps, start=first, enabled=main, interval=0.0 if train.steps <= 20 else None)
     stop = StopRequest(run.directory.stop_requested, run.directory.preempted, is_main=main)
-    saver = training_run.make_saver(run, learner.trainer)
+    saver = training_run.make_saver(run, learner.trainer, learner.partners)
     with logger, progress, stop, saver:
         for step in range(first + 1, train.steps + 1):
             metrics, stopping = rollout_step(

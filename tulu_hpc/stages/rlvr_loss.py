@@ -22,15 +22,18 @@ def policy_loss(learner: Learner, counts: GlobalCounts, watch: Mismatch | None) 
 
     def loss(output: TokenLogprobs, batch: RankBatch) -> Terms:
         pack = batch.batch
-        advantages_Q = pack.per_sequence.get("advantage", output.logprobs_K.new_zeros(0))
         sequence_id_K = own_targets(pack.sequence_id_K, batch)
-        behaviour_K = _column(pack, "behaviour_logprobs", batch, output.logprobs_K)
+        behaviour_K = column(pack, "behaviour_logprobs", batch, output.logprobs_K)
+        if rlvr.kind == "ppo":
+            advantages_K = column(pack, "advantages", batch, output.logprobs_K)
+        else:
+            advantages_K = pack.per_sequence.get("advantage", output.logprobs_K.new_zeros(0))[sequence_id_K]
         if watch is not None:
             watch.add(output.logprobs_K.detach(), behaviour_K, places(pack).of_rank(batch))
         return policy_terms(
             output.logprobs_K,
             behaviour_logprobs_K=behaviour_K,
-            advantages_K=advantages_Q[sequence_id_K],
+            advantages_K=advantages_K,
             sequence_id_K=sequence_id_K,
             lengths_Q=sequence_lengths(pack.sequence_id_K, pack.num_sequences),
             kind=rlvr.kind,
@@ -40,14 +43,12 @@ def policy_loss(learner: Learner, counts: GlobalCounts, watch: Mismatch | None) 
             clip_low=rlvr.clip_low,
             clip_high=rlvr.clip_high,
             dual_clip=rlvr.dual_clip,
-            kl_coef=rlvr.kl_coef,
+            kl_coef=rlvr.kl_coef if rlvr.kl_in == "loss" else 0.0,
             kl_kind=rlvr.kl_kind,
             reference_logprobs_K=(
-                _column(pack, "reference_logprobs", batch, output.logprobs_K) if learner.reference is not None else None
+                column(pack, "reference_logprobs", batch, output.logprobs_K) if learner.reference is not None else None
             ),
-            old_logprobs_K=(
-                _column(pack, "old_logprobs", batch, output.logprobs_K) if rlvr.uses_own_logprobs else None
-            ),
+            old_logprobs_K=(column(pack, "old_logprobs", batch, output.logprobs_K) if rlvr.uses_own_logprobs else None),
             importance=rlvr.importance,
             importance_mode=rlvr.importance_mode,
             importance_low=low,
@@ -58,7 +59,7 @@ def policy_loss(learner: Learner, counts: GlobalCounts, watch: Mismatch | None) 
     return loss
 
 
-def _column(pack: PackedBatch, name: str, batch: RankBatch, like_K: Tensor) -> Tensor:
+def column(pack: PackedBatch, name: str, batch: RankBatch, like_K: Tensor) -> Tensor:
     """A column of the pack at this rank's targets; an empty pack has no columns."""
     column = pack.per_target.get(name)
     return like_K.new_zeros(0) if column is None else own_targets(column, batch)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from tulu_hpc.config.schema import RlvrConfig
+from tulu_hpc.config.sections import ParallelSection
 from tulu_hpc.data.loader import pack_items
 from tulu_hpc.data.packed_batch import Item, PackedBatch, TokenSequence
+from tulu_hpc.parallel.layout import Layout
 from tulu_hpc.stages.rlvr_learner import Learner
 from tulu_hpc.stages.rlvr_off_policy import steps_behind
 from tulu_hpc.stages.rlvr_rollouts import Group
@@ -21,10 +23,10 @@ def minibatch_of(number: int, config: RlvrConfig) -> int:
 
 
 def pack_groups(learner: Learner, groups: Sequence[Group]) -> list[PackedBatch]:
-    """Packs of the groups that have an advantage.
+    """Packs of the groups that carry a gradient.
 
-    Columns: `advantage`, `answer` (number in the group) and `staleness` (in rollout steps) of an answer,
-    `behaviour_logprobs` of a token.
+    Columns of an answer: `reward`, `sample` (its number in the step), `answer` (in the group), `staleness` (in rollout
+    steps) and, where answers are compared with each other, `advantage`; of a token: `behaviour_logprobs`.
     """
     config = learner.config
     items = [
@@ -33,24 +35,39 @@ def pack_groups(learner: Learner, groups: Sequence[Group]) -> list[PackedBatch]:
             [TokenSequence(torch.tensor(completion.token_ids)) for completion in group.completions],
             prompt=torch.tensor(group.prompt.token_ids),
             per_sequence={
-                "advantage": group.advantages,
+                "reward": group.rewards,
+                "sample": sample_numbers(group, config),
                 "answer": [float(number) for number in range(len(group.completions))],
                 "staleness": [float(steps_behind(each, learner.versions)) for each in group.completions],
+                **({} if group.advantages is None else {"advantage": group.advantages}),
             },
             per_target={"behaviour_logprobs": [torch.tensor(each.logprobs) for each in group.completions]},
             id=group.prompt.record.id,
             source=group.prompt.record.source,
         )
         for group in groups
-        if group.advantages is not None
+        if group.advantages is not None or config.rlvr.kind == "ppo"
     ]
+    return pack_for(items, config, learner.run.groups.layout, config.parallel, learner.pad_id)
+
+
+def pack_for(
+    items: Sequence[Item], config: RlvrConfig, layout: Layout, parallel: ParallelSection, pad_id: int
+) -> list[PackedBatch]:
+    """Packs for a model of this layout."""
     return pack_items(
         items,
         capacity=config.train.pack_rows,
-        multiple=row_multiple(learner.run.groups.layout, config.parallel.context_split),
+        multiple=row_multiple(layout, parallel.context_split),
         share=config.train.prefix_sharing,
-        pad_id=learner.pad_id,
+        pad_id=pad_id,
     )
+
+
+def sample_numbers(group: Group, config: RlvrConfig) -> list[float]:
+    """Numbers of the group's answers among those of the step; exact in a column of fp32 below 2^24."""
+    first = group.number * config.rlvr.samples_per_prompt
+    return [float(first + index) for index in range(len(group.completions))]
 
 
 def add_logprobs(name: str, runner: Runner, packs: Sequence[PackedBatch]) -> None:

@@ -27,7 +27,7 @@ class Group:
     completions: list[Completion]
     verified: list[float]  # rewards of the verdicts alone
     rewards: list[float]  # with the penalty for length
-    advantages: list[float] | None  # None: all rewards are equal
+    advantages: list[float] | None  # None: all rewards are equal, or ppo
 
 
 def is_decided(group: Group) -> bool:
@@ -100,7 +100,7 @@ def score_rollouts(learner: Learner, rollouts: Sequence[tuple[int, Prompt, list[
             score = next(verdicts).score
             verified.append(rlvr.verification_reward * score if ended_itself(completion) else rlvr.no_eos_penalty)
         rewards = shaped_rewards(verified, completions, learner.config)
-        advantages = group_advantages(rewards, rlvr.advantage)
+        advantages = None if rlvr.kind == "ppo" else group_advantages(rewards, rlvr.advantage)
         scored.append(Group(number, prompt, completions, verified, rewards, advantages))
     return scored
 

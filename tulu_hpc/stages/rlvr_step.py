@@ -1,4 +1,4 @@
-"""One step: prompts -> answers -> verdicts -> rewards -> advantages -> packs -> reference log-probs -> updates."""
+"""One step: prompts -> answers -> verdicts -> rewards -> advantages -> packs -> log-probs (-> values) -> updates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from tulu_hpc.rollout.engine import Completion
 from tulu_hpc.rollout.texts import ended_itself
-from tulu_hpc.stages import rlvr_gate, rlvr_metrics
+from tulu_hpc.stages import rlvr_gate, rlvr_metrics, rlvr_values
 from tulu_hpc.stages.rlvr_learner import Learner
 from tulu_hpc.stages.rlvr_loss import policy_loss
 from tulu_hpc.stages.rlvr_metrics import RolloutStats
@@ -56,14 +56,20 @@ def rollout_step(
     elif check_mismatch:
         rlvr_gate.check_first(learner, step, minibatches)
     clock.lap("old_logprobs")
+    experience = None
+    if learner.value is not None:
+        experience = rlvr_values.prepare_experience(learner, sampled.groups, minibatches)
+        clock.lap("values")
     results: list[StepResult] = []
     for epoch in range(config.rlvr.epochs):
-        for packs, count in zip(minibatches, counts, strict=True):
+        for index, (packs, count) in enumerate(zip(minibatches, counts, strict=True)):
             if count.targets == 0:
                 continue
             # Only before the first update do trainer and engine hold the same weights.
             watch = mismatch if epoch == 0 and not results and not own else None
             results.append(train_step(learner.trainer, packs, policy_loss(learner, count, watch)))
+            if experience is not None:
+                experience.train(index)
     learner.engine.version = learner.trainer.step
     clock.lap("train")
     if not own:
@@ -90,6 +96,7 @@ def rollout_step(
         **mismatch_metrics(of("mismatch")),
         **{f"verifier/{name}": float(verdicts[name]) for name in LOSSES},
         **update_metrics(results, updates),
+        **(experience.all_metrics() if experience is not None else {}),
         **clock.metrics(),
     }
     learner.position = sampled.position
@@ -122,7 +129,7 @@ def rollout_stats(learner: Learner, scored: Sequence[Group]) -> RolloutStats:
     for group in scored:
         name = "+".join(group.prompt.record.dataset)
         stats.groups += 1
-        stats.live_groups += group.advantages is not None
+        stats.live_groups += group.advantages is not None or learner.value is not None
         for completion, verified, reward in zip(group.completions, group.verified, group.rewards, strict=True):
             stats.add(name, reward, verified / full if full else 0.0, completion, ended_itself(completion))
     return stats

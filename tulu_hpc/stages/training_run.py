@@ -35,6 +35,7 @@ from tulu_hpc.telemetry.profiling import StepProfiler
 from tulu_hpc.telemetry.progress import Progress
 from tulu_hpc.training import checkpoint, determinism
 from tulu_hpc.training.non_finite import NonFiniteWatch
+from tulu_hpc.training.partner import Partner
 from tulu_hpc.training.preemption import StopRequest
 from tulu_hpc.training.retention import Retention
 from tulu_hpc.training.runner import LossFn, row_multiple
@@ -294,7 +295,7 @@ def open_sample_log(run: Run, loader: ItemLoader, step: int) -> SampleLog:
     return SampleLog(folder, dp_rank=groups.dp_rank, resume_step=step, enabled=writes)
 
 
-def make_saver(run: Run, trainer: Trainer) -> Saver:
+def make_saver(run: Run, trainer: Trainer, partners: Sequence[Partner] = ()) -> Saver:
     """Writer of this run's checkpoints."""
     train = run.config.train
     return Saver(
@@ -304,6 +305,7 @@ def make_saver(run: Run, trainer: Trainer) -> Saver:
         background=train.async_save,
         on_error=train.on_save_error,
         saved_step=trainer.step or None,
+        partners=partners,
     )
 
 

@@ -2,6 +2,7 @@
 
     checkpoints/step_N/   torch_dist files of megatron-core (any layout reads them), trainer_state.json,
                           manifest.json (size and xxh3-128 of every other file)
+    checkpoints/step_N/NAME/   the same of a partner (`partner.py`), under the same manifest
 
 What is loaded has been compared with its manifest; what does not match is passed over, aloud.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tulu_hpc.models.checksums import Entry, file_entry
 from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.training import determinism, optimizer_form
 from tulu_hpc.training.optimizer import optimizer_step, unshare_steps
+from tulu_hpc.training.partner import Partner
 from tulu_hpc.training.retention import STATE, remove_leftovers, set_aside, valid_steps
 from tulu_hpc.training.snapshot import FORMAT, MANIFEST
 from tulu_hpc.training.trainer import Trainer
@@ -31,8 +34,10 @@ class CheckpointError(ValueError):
     """A checkpoint is damaged, incomplete, or does not belong to this model."""
 
 
-def load_latest(trainer: Trainer, directory: Path) -> tuple[int, dict[str, Any]] | None:
-    """Restore the newest undamaged checkpoint; None if there is none. Collective.
+def load_latest(
+    trainer: Trainer, directory: Path, partners: Sequence[Partner] = ()
+) -> tuple[int, dict[str, Any]] | None:
+    """Restore the newest undamaged checkpoint, that of `partners` with it; None if there is none. Collective.
 
     Newer ones that are damaged are renamed to `step_N.damaged`, and standard error says so.
 
@@ -40,7 +45,7 @@ def load_latest(trainer: Trainer, directory: Path) -> tuple[int, dict[str, Any]]
         (step, extra) as given to `Saver.save`.
 
     Raises:
-        CheckpointError: checkpoints exist but every one is damaged.
+        CheckpointError: checkpoints exist but every one is damaged, or the one used has nothing of a partner.
     """
     groups = trainer.groups
     steps: list[int] = groups.broadcast_object(valid_steps(directory) if groups.is_main else None)
@@ -51,7 +56,7 @@ def load_latest(trainer: Trainer, directory: Path) -> tuple[int, dict[str, Any]]
             if groups.is_main:
                 _report(directory, problems, step)
             groups.barrier()
-            return load(trainer, directory / f"step_{step}")
+            return _load_all(trainer, partners, directory / f"step_{step}")
         problems[step] = problem
     if steps:
         raise CheckpointError(
@@ -69,6 +74,15 @@ def _report(directory: Path, problems: dict[int, str], used: int) -> None:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _load_all(trainer: Trainer, partners: Sequence[Partner], path: Path) -> tuple[int, dict[str, Any]]:
+    for partner in partners:
+        if not (path / partner.name / STATE).is_file():
+            raise CheckpointError(f"{path}: holds no {partner.name}: it was saved by another kind of run")
+        with partner.active():
+            load(partner.trainer, path / partner.name)
+    return load(trainer, path)
 
 
 def load(trainer: Trainer, path: Path) -> tuple[int, dict[str, Any]]:

@@ -11,18 +11,20 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from tulu_hpc.models.checksums import Entry
 from tulu_hpc.models.safetensors_files import sync_to_disk
 from tulu_hpc.training import checkpoint, determinism
+from tulu_hpc.training.partner import Partner
 from tulu_hpc.training.preemption import Preempted
 from tulu_hpc.training.retention import STATE, Retention, discard, remove_leftovers
-from tulu_hpc.training.snapshot import FORMAT, Part, Snapshot, free_bytes, reason
+from tulu_hpc.training.snapshot import FORMAT, Part, Snapshot, free_bytes, reason, write_manifest
 from tulu_hpc.training.step import NonFiniteError, SpikeError
 from tulu_hpc.training.trainer import Trainer
 
@@ -38,8 +40,8 @@ class MetricError(ValueError):
 @dataclass(frozen=True)
 class _Pending:
     step: int
-    snapshot: Snapshot
-    part: Future[Part]
+    snapshots: list[Snapshot]  # the trainer's, and one per partner
+    parts: Future[list[Part]]  # of this rank, one per snapshot
 
 
 class Saver:
@@ -52,6 +54,7 @@ class Saver:
         on_error: `continue` warns about a checkpoint that could not be written and goes on; those that are waited for
             raise in any case.
         saved_step: where the run was resumed; that step is not saved again.
+        partners: trainers whose state is part of every checkpoint, each in a subdirectory.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class Saver:
         background: bool = True,
         on_error: Literal["raise", "continue"] = "raise",
         saved_step: int | None = None,
+        partners: Sequence[Partner] = (),
     ) -> None:
+        self._partners = partners
         self._trainer, self._groups, self._directory = trainer, trainer.groups, directory
         self._retention, self._background, self._on_error = retention, background, on_error
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -125,22 +130,29 @@ class Saver:
         def prepare() -> None:
             remove_leftovers(self._directory)
             partial.mkdir(parents=True)
+            for partner in self._partners:
+                (partial / partner.name).mkdir()
 
         failure = self._on_main(prepare)
         if failure is not None:
             self._fail(trainer.step, failure, 0, strict=wait)
             return
-        trainer.synchronise_parameters()
-        state = checkpoint.sharded_state(trainer, loading=False)
         background = self._background and not wait
-        plain = {STATE: json.dumps(self._state(extra), indent=1).encode()}
-        snapshot = Snapshot.take(state, partial, plain, self._groups, hold=background)
+        snapshots = [self._snapshot(trainer, partial, self._state(extra), hold=background)]
+        for partner in self._partners:
+            with partner.active():
+                state = self._description(partner.trainer)
+                snapshots.append(self._snapshot(partner.trainer, partial / partner.name, state, hold=background))
+
+        def write() -> list[Part]:
+            return [snapshot.write() for snapshot in snapshots]
+
         if background:
-            part = self._pool.submit(snapshot.write)
+            parts = self._pool.submit(write)
         else:
-            part = Future()
-            part.set_result(snapshot.write())
-        self._pending, self._newest = _Pending(trainer.step, snapshot, part), trainer.step
+            parts = Future()
+            parts.set_result(write())
+        self._pending, self._newest = _Pending(trainer.step, snapshots, parts), trainer.step
         if not background:
             self.wait(strict=wait)
 
@@ -150,7 +162,7 @@ class Saver:
         Raises:
             SaveError: a rank could not.
         """
-        if self._pending is not None and all(self._groups.all_gather_object(self._pending.part.done())):
+        if self._pending is not None and all(self._groups.all_gather_object(self._pending.parts.done())):
             self.wait()
 
     def wait(self, *, strict: bool = False) -> None:
@@ -165,18 +177,31 @@ class Saver:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        parts = self._groups.all_gather_object(pending.part.result())
-        rank, failure = next(((rank, part.failure) for rank, part in enumerate(parts) if part.failure), (0, None))
+        parts: list[list[Part]] = self._groups.all_gather_object(pending.parts.result())
+        failures = ((rank, part.failure) for rank, mine in enumerate(parts) for part in mine if part.failure)
+        rank, failure = next(failures, (0, None))
         if failure is None:
             failure = self._on_main(lambda: self._publish(pending, parts))
         if failure is not None:
-            self._fail(pending.step, failure, rank, needed=pending.snapshot.bytes_all, strict=strict)
+            needed = sum(snapshot.bytes_all for snapshot in pending.snapshots)
+            self._fail(pending.step, failure, rank, needed=needed, strict=strict)
         else:
             self._tidy(pending.step)
 
-    def _publish(self, pending: _Pending, parts: list[Part]) -> None:
-        partial, final = pending.snapshot.directory, self._directory / f"step_{pending.step}"
-        pending.snapshot.seal(parts, pending.step)
+    def _snapshot(self, trainer: Trainer, directory: Path, state: dict[str, Any], *, hold: bool) -> Snapshot:
+        trainer.synchronise_parameters()
+        tensors = checkpoint.sharded_state(trainer, loading=False)
+        plain = {STATE: json.dumps(state, indent=1).encode()}
+        return Snapshot.take(tensors, directory, plain, trainer.groups, hold=hold)
+
+    def _publish(self, pending: _Pending, parts: list[list[Part]]) -> None:
+        partial, final = self._directory / f"step_{pending.step}.tmp", self._directory / f"step_{pending.step}"
+        files: dict[str, Entry] = {}
+        for index, snapshot in enumerate(pending.snapshots):
+            within = snapshot.directory.relative_to(partial)
+            sealed = snapshot.seal([mine[index] for mine in parts])
+            files |= {str(within / name): entry for name, entry in sealed.items()}
+        write_manifest(partial, pending.step, files)
         if final.exists():  # saved before, then resumed from an older one
             discard(final)
         partial.rename(final)
@@ -188,17 +213,20 @@ class Saver:
             self._raise_or_warn(f"older checkpoints could not be removed: {failure[0]}: {failure[1]}")
 
     def _state(self, extra: dict[str, Any]) -> dict[str, Any]:
-        groups, values, self._values = self._groups, self._values, []
+        values, self._values = self._values, []
         score = {"metric": self._retention.metric, "value": sum(values) / len(values)} if values else None
+        return self._description(self._trainer) | {"score": score, "extra": extra}
+
+    def _description(self, trainer: Trainer) -> dict[str, Any]:
         return {
             "format": FORMAT,
-            "step": self._trainer.step,
-            "world_size": groups.world_size,
-            "layout": checkpoint.layout_keys(groups),
+            "step": trainer.step,
+            "world_size": trainer.groups.world_size,
+            "layout": checkpoint.layout_keys(trainer.groups),
             "generators": determinism.fingerprint(),
-            "score": score,
-            "trainer": self._trainer.state_dict(),
-            "extra": extra,
+            "score": None,
+            "trainer": trainer.state_dict(),
+            "extra": {},
         }
 
     def _on_main(self, action: Any) -> tuple[str, str] | None:

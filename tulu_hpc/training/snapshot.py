@@ -132,8 +132,11 @@ class Snapshot:
             self._source = None  # the copies are not needed any longer
         return part
 
-    def seal(self, parts: list[Part], step: int) -> None:
+    def seal(self, parts: list[Part]) -> dict[str, Entry]:
         """Write what describes the parts of all ranks, and see that it is on disk (main process).
+
+        Returns:
+            every file of the directory, for the manifest.
 
         Raises:
             OSError: with the file's name.
@@ -143,9 +146,19 @@ class Snapshot:
         with naming(self.directory / TORCH_METADATA):
             self._writer.finish(self._metadata, [part.results for part in parts])
         files[TORCH_METADATA] = file_entry(self.directory / TORCH_METADATA)
-        manifest = {"format": FORMAT, "step": step, "files": files}
-        write_file(self.directory / MANIFEST, json.dumps(manifest, indent=1).encode())
         sync_to_disk(self.directory)
+        return files
+
+
+def write_manifest(directory: Path, step: int, files: dict[str, Entry]) -> None:
+    """Name every file below `directory` with size and hash, and see that it is on disk: from here on it is complete.
+
+    Raises:
+        OSError: with the file's name.
+    """
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    write_file(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
+    sync_to_disk(directory)
 
 
 class _Held:
