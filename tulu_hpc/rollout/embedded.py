@@ -91,7 +91,8 @@ class EmbeddedEngine:
         """Completions in the order of the requests, on every rank of the replica.
 
         Raises:
-            ValueError: an empty prompt, a token id outside the vocabulary, or stop strings without a tokenizer.
+            ValueError: an empty or too long prompt, a token id outside the vocabulary, or stop strings without a
+                tokenizer.
         """
         self._check(requests)
         started = time.perf_counter()
@@ -118,6 +119,11 @@ class EmbeddedEngine:
                 raise ValueError(f"request {request.id!r}: the prompt is empty")
             if min(request.token_ids) < 0 or max(request.token_ids) >= vocabulary:
                 raise ValueError(f"request {request.id!r}: a token id is outside the vocabulary of {vocabulary}")
+            if len(request.token_ids) >= self.architecture.max_position_embeddings:
+                raise ValueError(
+                    f"request {request.id!r}: a prompt of {len(request.token_ids)} tokens, but the model has "
+                    f"{self.architecture.max_position_embeddings} positions"
+                )
             if request.sampling.stop_strings and self.tokenizer is None:
                 raise ValueError(f"request {request.id!r}: stop strings need a tokenizer")
 
