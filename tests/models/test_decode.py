@@ -10,7 +10,7 @@ import torch
 
 from tests.models.reference import architecture, hf_model, ours, tokens, write_model
 from tests.parallel.forked import single_process
-from tulu_hpc.models.cache import attend_one_token
+from tulu_hpc.models.cache import KVCache, attend_one_token, plan_step
 from tulu_hpc.models.decode import Decoder
 from tulu_hpc.parallel.layout import Groups
 
@@ -96,13 +96,60 @@ def test_logits_of_a_bf16_model_are_not_rounded_to_bf16(groups: Groups, tmp_path
     assert (logits != logits.bfloat16().float()).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_query_heads_as_rows_attend_the_same(masked: bool) -> None:
-    """The form that CUDA runs, here on the CPU."""
+def test_sequences_come_and_go(groups: Groups, tmp_path: Path) -> None:
+    """Prompts read between steps, slots and places used again, groups of unequal size: as reading everything anew."""
+    shape = architecture(num_hidden_layers=2)
+    path = write_model(shape, tmp_path / "model")
+    theirs, generator = hf_model(path), torch.Generator().manual_seed(3)
+    decoder = Decoder(ours(shape, path, groups), groups, shape, max_sequences=5, max_length=90)
+    first, second, third = (tokens(n, generator) for n in (9, 4, 70))
+    decoder.prefill([first, second], [3, 2])
+    sequences = [first, first, first, second, second]
+
+    def step(keep: list[int] | None = None) -> None:
+        nonlocal sequences
+        sequences = sequences if keep is None else [sequences[i] for i in keep]
+        new = tokens(len(sequences), generator)
+        logits = decoder.step(new, None if keep is None else torch.tensor(keep))
+        sequences = [torch.cat((s, new[i : i + 1])) for i, s in enumerate(sequences)]
+        with torch.no_grad():
+            expected = torch.stack([theirs(s[None]).logits[0, -1] for s in sequences])
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=0)
+
+    step()
+    step([0, 1, 2])  # the second prompt is forgotten
+    places, _ = decoder.read([third], [2])
+    assert places == [1] and decoder.cache.prompts.shape[2] == 2  # and its place is used again
+    decoder.cache.open(places)
+    sequences.append(third)
+    step()
+    step([3, 1])
+    decoder.cache.open(places)
+    sequences.append(third)
+    step()
+    step([2])
+    assert decoder.cache.prompt_length == [0, 70]  # one of its two sequences lives
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_prompts_attend_like_private_ones(dtype: torch.dtype) -> None:
+    """Against torch's attention on each sequence alone; bf16 inputs are summed in fp32."""
     generator = torch.Generator().manual_seed(3)
-    query = torch.randn(3, 6, 8, generator=generator)
-    keys, values = (torch.randn(3, 2, 11, 8, generator=generator) for _ in range(2))
-    visible = (torch.arange(11) >= torch.tensor([0, 4, 9])[:, None])[:, None, None] if masked else None
-    plain, grouped = (attend_one_token(query, keys, values, visible, 0.3, grouped=way) for way in (False, True))
-    assert plain.shape == (3, 48)
-    torch.testing.assert_close(grouped, plain, atol=1e-6, rtol=0)
+    cache = KVCache(
+        [1], max_sequences=4, max_length=40, kv_heads=2, head_dim=8, dtype=dtype, device=torch.device("cpu")
+    )
+    assert cache.store([11, 5], [3, 1]) == [0, 1]
+    cache.open([0, 1, 0, 0])
+    for _ in range(3):
+        cache.advance()
+    cache.prompts.copy_(torch.randn(cache.prompts.shape, generator=generator))
+    cache.own.copy_(torch.randn(cache.own.shape, generator=generator))
+    query = torch.randn(4, 6, 8, generator=generator).to(dtype)
+    found = attend_one_token(query, cache.prompts[0], cache.own[0], plan_step(cache), 0.3)
+    for row, (place, length) in enumerate([(0, 11), (1, 5), (0, 11), (0, 11)]):
+        keys, values = torch.cat((cache.prompts[0, :, place, :, :length], cache.own[0, :, row, :, :3]), dim=2).float()
+        wanted = torch.nn.functional.scaled_dot_product_attention(
+            query[row].float()[:, None], keys, values, scale=0.3, enable_gqa=True
+        )
+        tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(found[row].float(), wanted.flatten(), atol=tolerance, rtol=0)

@@ -11,7 +11,6 @@ import torch
 
 from tests.rlvr.tiny_rlvr import rlvr_config
 from tulu_hpc.config.loader import ConfigError
-from tulu_hpc.config.sections import RolloutSection
 from tulu_hpc.curation.preference import PreferenceStatistics, ScoredSample, binarise
 from tulu_hpc.data.datasets import Prompt
 from tulu_hpc.data.records import Message, RlvrRecord
@@ -20,7 +19,6 @@ from tulu_hpc.rollout.engine import Completion
 from tulu_hpc.stages import rlvr, rlvr_packs, rlvr_rollouts
 from tulu_hpc.stages.rlvr_metrics import RolloutStats, rollout_metrics
 from tulu_hpc.stages.rlvr_mismatch import Mismatch, breach, mismatch_metrics
-from tulu_hpc.stages.rollouts import open_engine
 
 
 def test_advantages() -> None:
@@ -154,8 +152,3 @@ def test_preference_statistics() -> None:
     assert (found["no_pair_equal_scores"], found["no_pair_unfinished"]) == (1, 1)
     assert found["prompts_by_source"] == {"a": 2, "b": 1} and found["pairs_by_source"] == {"a": 1}
     assert found["mean_score"] == pytest.approx(0.5) and found["mean_chosen_score"] == 1.0
-
-
-def test_only_rlvr_has_rollout_servers() -> None:
-    with pytest.raises(ConfigError, match=r"rollout\.engine = vllm: only rlvr"):
-        open_engine(RolloutSection(engine="vllm"), [], None, None, None)  # type: ignore[arg-type]  # refused first

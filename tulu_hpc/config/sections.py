@@ -326,7 +326,7 @@ class VllmSection(Section):
 
 class RolloutSection(Section):
     engine: Literal["embedded", "vllm"] = Field(
-        default="embedded", description="On the training model, or vLLM servers (rlvr only)."
+        default="embedded", description="On the training model, or vLLM servers."
     )
     vllm: VllmSection = VllmSection()
     mismatch_max: float | None = Field(

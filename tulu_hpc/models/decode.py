@@ -1,8 +1,9 @@
 """Generation on the training model with a key/value cache, token-flat.
 
-Prefill reads one pack of prompts (each once, whatever the number of samples drawn from it); a decoding step reads one
-row per live sequence. Works at any tensor- and pipeline-parallel degree and with sequence parallelism; context-parallel
-ranks do not share work here: each may decode sequences of its own.
+Prompts are read as one pack (each once, whatever the number of samples drawn from it), at the start or while other
+sequences are being decoded; a decoding step reads one row per live sequence. Works at any tensor- and pipeline-parallel
+degree and with sequence parallelism; context-parallel ranks do not share work here: each may decode sequences of its
+own.
 
 Shapes: B sequences decoded together, V vocab, T rows of a forward pass, H hidden.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.kernels import plan_attention
 from tulu_hpc.models.build import local_heads, unwrap
-from tulu_hpc.models.cache import DecodeParams, KVCache
+from tulu_hpc.models.cache import DecodeParams, KVCache, plan_step
 from tulu_hpc.models.llama import Llama
 from tulu_hpc.parallel.layout import Groups
 
@@ -35,7 +36,7 @@ class Decoder:
         chunks: of this rank (wrapped by megatron or not).
         groups: of this process.
         architecture: of the model.
-        max_sequences, max_length: size of the cache; its memory is taken at the first prefill.
+        max_sequences, max_length: size of the cache; its memory is taken as it is needed.
     """
 
     def __init__(
@@ -67,11 +68,10 @@ class Decoder:
     @property
     def num_sequences(self) -> int:
         """Live sequences."""
-        return len(self.cache.lengths_B)
+        return len(self.cache.owner_B)
 
-    @torch.no_grad()
     def prefill(self, prompts: Sequence[Tensor], copies: Sequence[int]) -> Tensor | None:
-        """Read prompts and forget what was decoded before.
+        """Forget what was decoded before, read prompts and open all their sequences.
 
         Args:
             prompts: token ids, int64 [length >= 1] each.
@@ -84,11 +84,28 @@ class Decoder:
         Raises:
             ValueError: an empty prompt, or more or longer sequences than the cache holds.
         """
+        self.cache.clear()
+        places, logits_PV = self.read(prompts, copies)
+        owner_B = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(list(copies)))
+        self.cache.open([places[owner] for owner in owner_B.tolist()])
+        return None if logits_PV is None else logits_PV.index_select(0, owner_B.to(self.device))
+
+    @torch.no_grad()
+    def read(self, prompts: Sequence[Tensor], copies: Sequence[int]) -> tuple[list[int], Tensor | None]:
+        """Read prompts beside what is being decoded.
+
+        A prompt stays in the cache until `copies` sequences that continue it (opened by `cache.open`) have ended.
+
+        Returns:
+            The prompts' places in the cache and the logits [P, V] of what follows each, as `prefill` has them.
+
+        Raises:
+            ValueError: an empty prompt, or a longer one than the cache holds.
+        """
         if len(prompts) != len(copies) or not prompts:
             raise ValueError(f"{len(prompts)} prompts with {len(copies)} numbers of copies")
         lengths_P = torch.tensor([len(prompt) for prompt in prompts])
-        copies_P = torch.tensor(list(copies))
-        if int(lengths_P.min()) < 1 or int(copies_P.min()) < 1:
+        if int(lengths_P.min()) < 1 or min(copies) < 1:
             raise ValueError("every prompt needs at least one token and one copy")
         rows = int(lengths_P.sum())
         padding = -rows % self._multiple
@@ -96,13 +113,7 @@ class Decoder:
         cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), segments.cumsum(0)))
         tokens_T = torch.cat([*(prompt.cpu() for prompt in prompts), torch.zeros(padding, dtype=torch.int64)])
         positions_T = torch.arange(len(tokens_T)) - torch.repeat_interleave(cu_seqlens[:-1], segments)
-
-        owner_B = torch.repeat_interleave(torch.arange(len(prompts)), copies_P)
-        lengths_B = lengths_P[owner_B]
-        self.cache.start(lengths_B)
-        slot_R = torch.repeat_interleave(torch.arange(len(owner_B)), lengths_B)
-        begin_B = lengths_B.cumsum(0) - lengths_B
-        offset_R = torch.arange(len(slot_R)) - begin_B[slot_R]
+        places = self.cache.store(lengths_P.tolist(), list(copies))
         params = DecodeParams(
             cache=self.cache,
             logit_rows=(cu_seqlens[1 : len(prompts) + 1] - 1).to(self.device),
@@ -114,12 +125,10 @@ class Decoder:
                 head_dim=self.architecture.head_dim,
                 device=self.device,
             ),
-            source_R=(cu_seqlens[owner_B][slot_R] + offset_R).to(self.device),
-            slot_R=slot_R.to(self.device),
-            column_R=(self.cache.columns - lengths_B[slot_R] + offset_R).to(self.device),
+            place_R=torch.repeat_interleave(torch.tensor(places), lengths_P).to(self.device),
+            column_R=positions_T[:rows].to(self.device),
         )
-        logits = self._forward(tokens_T.to(self.device), positions_T.to(self.device), params)
-        return None if logits is None else logits.index_select(0, owner_B.to(self.device))
+        return places, self._forward(tokens_T.to(self.device), positions_T.to(self.device), params)
 
     @torch.no_grad()
     def step(self, tokens_B: Tensor, keep: Tensor | None = None) -> Tensor | None:
@@ -140,15 +149,15 @@ class Decoder:
         count = self.num_sequences
         if len(tokens_B) != count or count == 0:
             raise ValueError(f"{len(tokens_B)} tokens for {count} live sequences")
-        positions = self.cache.lengths_B
-        column = self.cache.advance()
+        positions = self.cache.lengths_B()
+        self.cache.advance()
         padding = -count % self._multiple
         tokens = tokens_B.to(self.device)
         if padding:
             tokens = torch.cat((tokens, tokens.new_zeros(padding)))
             positions = torch.cat((positions, positions.new_zeros(padding)))
         rows = torch.arange(count, device=self.device)
-        params = DecodeParams(cache=self.cache, logit_rows=rows, column=column)
+        params = DecodeParams(cache=self.cache, logit_rows=rows, step=plan_step(self.cache))
         return self._forward(tokens, positions.to(self.device), params)
 
     def _forward(self, tokens_T: Tensor, positions_T: Tensor, params: DecodeParams) -> Tensor | None:

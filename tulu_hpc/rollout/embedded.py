@@ -8,6 +8,7 @@ Shapes: B sequences decoded together (slots), V vocabulary, N most new tokens.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,8 +23,6 @@ from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.rollout.engine import Completion, EngineError, GenerationStats, Request
 from tulu_hpc.rollout.sampling import draw, uniform_numbers
 
-# Ended sequences are decoded along until this share of the slots is idle: moving the cache costs more than that.
-_IDLE_SHARE = 0.25
 _LENGTH_STEP = 64
 
 
@@ -33,24 +32,20 @@ class Detokenizer(Protocol):
     def decode(self, token_ids: Any, /, **options: Any) -> Any: ...
 
 
-@dataclass
-class _Wave:
-    """Requests decoded together, ordered so that those with the same prompt lie side by side."""
-
-    order: list[int]  # positions in the caller's list
-    prompts: list[Tensor]
-    copies: list[int]
-
-
 class EmbeddedEngine:
-    """Batched generation with a key/value cache on the model that is being trained.
+    """Continuous batching with a shared-prefix key/value cache on the model that is being trained.
+
+    A finished sequence's slot is taken by the next waiting request before the next step; a prompt is read once and
+    stored once for all requests that have it, and forgotten with the last of them. The cache holds at most
+    `max_sequences` sequences and their prompts. A request's tokens do not depend on the others'; its log-probs differ
+    by rounding (about 1e-6 in fp32), as matrix products of another size may add in another order.
 
     Args:
         chunks: model chunks of this rank, wrapped by megatron or not; read at each call, so training updates are seen.
         groups: of this process.
         architecture: of the model.
         tokenizer: needed for stop strings only.
-        max_sequences: decoded together; more requests are done in several waves.
+        max_sequences: decoded together; further requests wait for a slot.
     """
 
     def __init__(
@@ -96,7 +91,8 @@ class EmbeddedEngine:
         """Completions in the order of the requests, on every rank of the replica.
 
         Raises:
-            ValueError: an empty prompt, a token id outside the vocabulary, or stop strings without a tokenizer.
+            ValueError: an empty or too long prompt, a token id outside the vocabulary, or stop strings without a
+                tokenizer.
         """
         self._check(requests)
         started = time.perf_counter()
@@ -104,10 +100,7 @@ class EmbeddedEngine:
         mine = list(range(len(requests)))
         if groups.cp_size > 1:
             mine = _share_by_prompt(requests, groups.cp_rank, groups.cp_size)
-        results: dict[int, Completion] = {}
-        for wave in self._waves(requests, mine):
-            for index, completion in zip(wave.order, self._decode(requests, wave), strict=True):
-                results[index] = completion
+        results = self._decode(requests, mine) if mine else {}
         if groups.cp_size > 1:
             parts: list[Any] = [None] * groups.cp_size
             dist.all_gather_object(parts, results, group=groups.pg.cp)
@@ -126,27 +119,13 @@ class EmbeddedEngine:
                 raise ValueError(f"request {request.id!r}: the prompt is empty")
             if min(request.token_ids) < 0 or max(request.token_ids) >= vocabulary:
                 raise ValueError(f"request {request.id!r}: a token id is outside the vocabulary of {vocabulary}")
+            if len(request.token_ids) >= self.architecture.max_position_embeddings:
+                raise ValueError(
+                    f"request {request.id!r}: a prompt of {len(request.token_ids)} tokens, but the model has "
+                    f"{self.architecture.max_position_embeddings} positions"
+                )
             if request.sampling.stop_strings and self.tokenizer is None:
                 raise ValueError(f"request {request.id!r}: stop strings need a tokenizer")
-
-    def _waves(self, requests: Sequence[Request], indices: Sequence[int]) -> list[_Wave]:
-        """Batches of at most `max_sequences`, each prompt in as few of them as possible."""
-        by_prompt: dict[tuple[int, ...], list[int]] = {}
-        for index in indices:
-            by_prompt.setdefault(tuple(requests[index].token_ids), []).append(index)
-        waves: list[_Wave] = []
-        for prompt, members in by_prompt.items():
-            tokens = torch.tensor(prompt, dtype=torch.int64)
-            while members:
-                if not waves or len(waves[-1].order) == self.max_sequences:
-                    waves.append(_Wave([], [], []))
-                wave = waves[-1]
-                taken = members[: self.max_sequences - len(wave.order)]
-                members = members[len(taken) :]
-                wave.order += taken
-                wave.prompts.append(tokens)
-                wave.copies.append(len(taken))
-        return waves
 
     def _decoder_for(self, sequences: int, length: int) -> Decoder:
         """A decoder with room for so many sequences of so many tokens; the last one is used again where it fits."""
@@ -157,113 +136,172 @@ class EmbeddedEngine:
             self._decoder = Decoder(self.chunks, self.groups, self.architecture, *self._capacity)
         return self._decoder
 
-    def _decode(self, requests: Sequence[Request], wave: _Wave) -> list[Completion]:
-        batch = [requests[index] for index in wave.order]
-        limit = max(request.sampling.max_new_tokens for request in batch)
-        decoder = self._decoder_for(len(batch), max(len(prompt) for prompt in wave.prompts) + limit)
-        table = _SamplingTable(batch, limit, decoder.device)
-        tokens_BN = torch.zeros(len(batch), limit, dtype=torch.int64)
-        logprobs_BN = torch.zeros(len(batch), limit)
-        length = torch.zeros(len(batch), dtype=torch.int64)
-        stop: list[int | str | None] = [None] * len(batch)
-        slots = torch.arange(len(batch))  # the sequence in each slot of the decoder
-        live = torch.ones(len(batch), dtype=torch.bool)  # per slot
-        logits_BV = decoder.prefill(wave.prompts, wave.copies)
-        for position in range(limit):
-            tokens_B, values_B = self._draw(logits_BV, table, slots, position)
-            active = slots[live]
-            tokens_BN[active, position] = tokens_B[live]
-            logprobs_BN[active, position] = values_B[live]
-            length[active] = position + 1
-            ended = table.ended(slots, tokens_B, position)
-            for slot in (ended & live).nonzero()[:, 0].tolist():
-                sequence, token = int(slots[slot]), int(tokens_B[slot])
-                stop[sequence] = token if token in batch[sequence].sampling.stop_token_ids else None
-            if table.has_stop_strings:
-                for slot in (live & ~ended).nonzero()[:, 0].tolist():
-                    sequence = int(slots[slot])
-                    stop[sequence] = self._stop_string(batch[sequence], tokens_BN[sequence, : position + 1])
-                    ended[slot] = stop[sequence] is not None
-            live &= ~ended
-            self.stats.decode_steps += 1
-            count = int(live.sum())
-            if count == 0 or position + 1 == limit:
+    def _decode(self, requests: Sequence[Request], indices: Sequence[int]) -> dict[int, Completion]:
+        """The completions of the requests `indices`, by index."""
+        longest = max(len(requests[i].token_ids) + requests[i].sampling.max_new_tokens for i in indices)
+        slots = min(self.max_sequences, len(indices))
+        decoder = self._decoder_for(slots, longest)
+        decoder.cache.clear()
+        waiting = _by_prompt(requests, indices)
+        live: list[_Sequence] = []  # in the order of the decoder's slots
+        results: dict[int, Completion] = {}
+        while waiting or live:
+            while waiting and len(live) < slots:  # also after first tokens that end their sequences at once
+                new, logits_BV = self._open(decoder, requests, waiting, slots - len(live))
+                live += new
+                self._append(new, logits_BV, decoder.device)
+                live = self._close(decoder, live, results)
+            if live:
+                logits_BV = decoder.step(torch.tensor([sequence.token_ids[-1] for sequence in live]))
+                self.stats.decode_steps += 1
+                self.stats.slot_steps += len(live)
+                self._append(live, logits_BV, decoder.device)
+                live = self._close(decoder, live, results)
+        return results
+
+    def _open(
+        self, decoder: Decoder, requests: Sequence[Request], waiting: deque[_Prompt], free: int
+    ) -> tuple[list[_Sequence], Tensor | None]:
+        """Sequences for the free slots and the logits of their first tokens; prompts not read yet are read."""
+        chosen: list[tuple[_Prompt, int]] = []  # with the number of sequences
+        while waiting and free:
+            prompt = waiting[0]
+            count = min(free, len(prompt.indices))
+            chosen.append((prompt, count))
+            free -= count
+            if count < len(prompt.indices):
                 break
-            keep = None
-            if count <= (1 - _IDLE_SHARE) * len(slots):
-                keep = live.nonzero()[:, 0]
-                slots, tokens_B, live = slots[keep], tokens_B[keep], live[keep]
-            logits_BV = decoder.step(tokens_B, keep)
-        return [
-            Completion(
-                token_ids=tokens_BN[i, : int(length[i])].tolist(),
-                logprobs=logprobs_BN[i, : int(length[i])].tolist(),
-                finish_reason="length" if stop[i] is None else "stop",
-                stop_reason=stop[i],
-                policy_version=self.version,
-                id=request.id,
-            )
-            for i, request in enumerate(batch)
-        ]
+            waiting.popleft()
+        unread = [prompt for prompt, _ in chosen if prompt.place is None]
+        if unread:
+            places, logits_PV = decoder.read([p.token_ids for p in unread], [len(p.indices) for p in unread])
+            self.stats.prefill_tokens += sum(len(prompt.token_ids) for prompt in unread)
+            for row, (prompt, place) in enumerate(zip(unread, places, strict=True)):
+                prompt.place, prompt.logits_V = place, None if logits_PV is None else logits_PV[row]
+        new, rows = [], []
+        for prompt, count in chosen:
+            assert prompt.place is not None
+            decoder.cache.open([prompt.place] * count)
+            new += [_Sequence(index, requests[index]) for index in prompt.indices[:count]]
+            rows += [prompt.logits_V] * count
+            prompt.indices = prompt.indices[count:]
+        on_last_stage = [row for row in rows if row is not None]
+        return new, torch.stack(on_last_stage) if on_last_stage else None
+
+    def _append(self, sequences: Sequence[_Sequence], logits_BV: Tensor | None, device: torch.device) -> None:
+        """Draw the next token of each sequence and see which end with it."""
+        tokens_B, logprobs_B = self._draw(logits_BV, sequences, device)
+        for sequence, token, logprob in zip(sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=True):
+            sequence.token_ids.append(token)
+            sequence.logprobs.append(logprob)
+            sampling = sequence.request.sampling
+            if token in sampling.stop_token_ids:
+                sequence.ended, sequence.stop = True, token
+            elif len(sequence.token_ids) == sampling.max_new_tokens:
+                sequence.stop = self._stop_string(sequence)
+                sequence.ended = True
+            elif sampling.stop_strings:
+                sequence.stop = self._stop_string(sequence)
+                sequence.ended = sequence.stop is not None
+
+    def _close(self, decoder: Decoder, live: list[_Sequence], results: dict[int, Completion]) -> list[_Sequence]:
+        """Hand over what has ended; the last sequences move into the slots that it leaves. Returns the others."""
+        count = sum(not sequence.ended for sequence in live)
+        if count == len(live):
+            return live
+        for sequence in live:
+            if sequence.ended:
+                results[sequence.index] = sequence.completion(self.version)
+        movers = iter([slot for slot in range(count, len(live)) if not live[slot].ended])
+        keep = [next(movers) if live[slot].ended else slot for slot in range(count)]
+        decoder.cache.keep(torch.tensor(keep, dtype=torch.int64))
+        return [live[slot] for slot in keep]
 
     def _draw(
-        self, logits_BV: Tensor | None, table: _SamplingTable, slots: Tensor, position: int
+        self, logits_BV: Tensor | None, sequences: Sequence[_Sequence], device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Sampled tokens and log-probs of all slots on the host, the same on all ranks that decode together.
+        """Sampled tokens and log-probs on the host, the same on all ranks that decode together.
 
         The last pipeline stage samples and the result is broadcast to the tensor- and pipeline-parallel ranks: two
         that drew different tokens from logits that differ in the last bit would go on with different sequences.
         """
         group = self.groups.pg.mp
-        both = torch.empty(2, len(slots), dtype=torch.float64, device=table.device)
+        both = torch.empty(2, len(sequences), dtype=torch.float64, device=device)
         if logits_BV is not None:
-            tokens_B, logprobs_B = draw(logits_BV, *table.rows(slots, position))
-            both[0], both[1] = tokens_B, logprobs_B  # token ids are exact in fp64
+            settings = [sequence.request.sampling for sequence in sequences]
+            temperature = torch.tensor([each.temperature for each in settings], dtype=torch.float32, device=device)
+            top_p = torch.tensor([each.top_p for each in settings], dtype=torch.float32, device=device)
+            uniform = torch.tensor([sequence.uniform() for sequence in sequences], dtype=torch.float64, device=device)
+            both[0], both[1] = draw(logits_BV, temperature, top_p, uniform)  # token ids are exact in fp64
         if group.size() > 1:
             source = dist.get_process_group_ranks(group)[-self.groups.tp_size]
             dist.broadcast(both, src=source, group=group)
         both = both.cpu()
         return both[0].long(), both[1].float()
 
-    def _stop_string(self, request: Request, tokens: Tensor) -> str | None:
-        strings = request.sampling.stop_strings
+    def _stop_string(self, sequence: _Sequence) -> str | None:
+        strings = sequence.request.sampling.stop_strings
         if not strings:
             return None
         assert self.tokenizer is not None
         # A string of n bytes spans at most n tokens, and it was not there before the last token.
         window = max(len(string.encode()) for string in strings) + 1
-        text = self.tokenizer.decode(tokens[-window:].tolist(), skip_special_tokens=False)
+        text = self.tokenizer.decode(sequence.token_ids[-window:], skip_special_tokens=False)
         return next((string for string in strings if string in text), None)
 
 
-class _SamplingTable:
-    """Sampling parameters of a wave as tensors, and its random numbers."""
+@dataclass
+class _Prompt:
+    """A prompt and the requests for it that have no slot yet.
 
-    def __init__(self, batch: Sequence[Request], limit: int, device: torch.device) -> None:
-        self.device = device
-        settings = [request.sampling for request in batch]
-        self.temperature = torch.tensor([each.temperature for each in settings], dtype=torch.float32, device=device)
-        self.top_p = torch.tensor([each.top_p for each in settings], dtype=torch.float32, device=device)
-        random = any(each.temperature > 0 for each in settings)
-        seeds = [request.seed for request in batch]
-        numbers = uniform_numbers(seeds, limit) if random else torch.zeros(len(batch), limit, dtype=torch.float64)
-        self.uniform = numbers.to(device)
-        self.max_new = torch.tensor([each.max_new_tokens for each in settings])
-        width = max((len(each.stop_token_ids) for each in settings), default=0)
-        padded = [[*each.stop_token_ids, *[-1] * (width - len(each.stop_token_ids))] for each in settings]
-        self.stop_ids = torch.tensor(padded, dtype=torch.int64).view(len(batch), width)
-        self.has_stop_strings = any(each.stop_strings for each in settings)
+    Attributes:
+        place: in the cache; None before it was read.
+        logits_V: of the token after it, on the last pipeline stage.
+    """
 
-    def rows(self, slots: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Temperature, top_p and uniform number of each slot."""
-        if len(slots) == len(self.temperature):
-            return self.temperature, self.top_p, self.uniform[:, position]
-        index = slots.to(self.device)
-        return self.temperature[index], self.top_p[index], self.uniform[index, position]
+    token_ids: Tensor
+    indices: list[int]
+    place: int | None = None
+    logits_V: Tensor | None = None
 
-    def ended(self, slots: Tensor, tokens_B: Tensor, position: int) -> Tensor:
-        """Slots whose sequence drew a stop token or has no tokens left."""
-        return (self.stop_ids[slots] == tokens_B[:, None]).any(1) | (self.max_new[slots] <= position + 1)
+
+class _Sequence:
+    """A request in a slot."""
+
+    def __init__(self, index: int, request: Request) -> None:
+        self.index, self.request = index, request
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.ended = False
+        self.stop: int | str | None = None
+        sampling = request.sampling
+        random = sampling.temperature > 0
+        self._uniform = uniform_numbers([request.seed], sampling.max_new_tokens)[0].tolist() if random else None
+
+    def uniform(self) -> float:
+        """The random number of the next token."""
+        return 0.0 if self._uniform is None else self._uniform[len(self.token_ids)]
+
+    def completion(self, version: int) -> Completion:
+        return Completion(
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+            finish_reason="length" if self.stop is None else "stop",
+            stop_reason=self.stop,
+            policy_version=version,
+            id=self.request.id,
+        )
+
+
+def _by_prompt(requests: Sequence[Request], indices: Sequence[int]) -> deque[_Prompt]:
+    """Requests with the same prompt side by side, so that few prompts are in the cache at a time."""
+    found: dict[tuple[int, ...], _Prompt] = {}
+    for index in indices:
+        ids = tuple(requests[index].token_ids)
+        if ids not in found:
+            found[ids] = _Prompt(torch.tensor(ids, dtype=torch.int64), [])
+        found[ids].indices.append(index)
+    return deque(found.values())
 
 
 def _share_by_prompt(requests: Sequence[Request], rank: int, size: int) -> list[int]:

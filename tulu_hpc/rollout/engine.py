@@ -124,10 +124,19 @@ class RolloutEngine(Protocol):
 
 @dataclass
 class GenerationStats:
-    """Counts of one or more calls of an engine."""
+    """Counts of one or more calls of an engine.
+
+    Attributes:
+        prompt_tokens: of all requests' prompts.
+        prefill_tokens: of the prompts that were computed; requests with the same prompt share one (embedded only).
+        decode_steps: forward passes that add one token to each live sequence (embedded only).
+        slot_steps: live sequences, summed over those passes (embedded only).
+    """
 
     sequences: int = 0
     prompt_tokens: int = 0
+    prefill_tokens: int = 0
     new_tokens: int = 0
     decode_steps: int = 0
+    slot_steps: int = 0
     seconds: float = 0.0

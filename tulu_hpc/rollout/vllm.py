@@ -48,7 +48,7 @@ class VllmEngine:
         attempts: per request.
         probe_seconds: between two questions to each server while requests are with it; also their deadline.
         logprobs_mode: how the servers were started. `raw_logprobs` gives the policy's log-probs at temperature 1 (and
-            for greedy answers), `processed_logprobs` at any other.
+            for greedy answers), `processed_logprobs` at any other. None: nobody reads the log-probs, any will do.
         own: servers that this process started, restarted when they are dead; parallel to the first addresses.
         start_seconds: for one of `own` to start.
     """
@@ -62,7 +62,7 @@ class VllmEngine:
         deadline_seconds: float = 600.0,
         attempts: int = 3,
         probe_seconds: float = 5.0,
-        logprobs_mode: LogprobsMode = "raw_logprobs",
+        logprobs_mode: LogprobsMode | None = "raw_logprobs",
         own: Sequence[Server] = (),
         start_seconds: float = 600.0,
         sync_timeout_seconds: float = 60.0,
@@ -126,7 +126,8 @@ class VllmEngine:
             raise ValueError(f"request {each.id!r}: the prompt is empty")
         if min(each.token_ids) < 0 or max(each.token_ids) >= self.vocab_size:
             raise ValueError(f"request {each.id!r}: a token id is outside the vocabulary of {self.vocab_size}")
-        problem = logprobs_problem(self.logprobs_mode, sampling.temperature, sampling.top_p)
+        mode = self.logprobs_mode
+        problem = logprobs_problem(mode, sampling.temperature, sampling.top_p) if mode else None
         if problem:
             raise ValueError(f"request {each.id!r}: {problem}")
 

@@ -23,16 +23,17 @@ from tulu_hpc.data.chat_template import ChatTemplate
 from tulu_hpc.evaluation.runner import Answer, LoadedTask, RunOptions, answer_tasks, load_task, summarise
 from tulu_hpc.evaluation.suites import dev_task, unseen_task
 from tulu_hpc.evaluation.tasks import EvalTask
+from tulu_hpc.rollout.embedded import EmbeddedEngine
 from tulu_hpc.stages.model_source import OpenModel, open_model
 from tulu_hpc.stages.rollouts import (
     describe_lost,
     import_verifiers,
     lost_verdicts,
-    open_engine,
     open_verifiers,
     sampling_of,
     verify_in_replica,
 )
+from tulu_hpc.stages.served_model import ServedModel, open_model_engine
 from tulu_hpc.telemetry.files import write_atomically
 from tulu_hpc.verifiers.sandbox import VerifierPool
 
@@ -68,11 +69,13 @@ def run_suites(config: EvalConfig, suites: Sequence[str]) -> list[Path]:
     import_verifiers(config.verifier)
     loaded = {suite: load_suite(config, suite) for suite in suites}
     began = time.perf_counter()
-    model = open_model(config.run, config.model, config.parallel)
-    opened = time.perf_counter() - began
+    model = open_model(config.run, config.model, config.parallel, served=config.rollout.engine == "vllm")
     with ExitStack() as stack:
+        folder, longest = Path(config.eval.output) / "rollout", model.architecture.max_position_embeddings
+        engine = open_model_engine(config.rollout, model, config.model, folder, longest, stack)
+        opened = time.perf_counter() - began
         pool = open_verifiers(config.verifier, model.groups, stack)
-        return [evaluate_suite(config, model, suite, loaded[suite], pool, opened) for suite in suites]
+        return [evaluate_suite(config, model, engine, suite, loaded[suite], pool, opened) for suite in suites]
 
 
 def load_suite(config: EvalConfig, suite: str) -> list[LoadedTask]:
@@ -106,6 +109,7 @@ def load_suite(config: EvalConfig, suite: str) -> list[LoadedTask]:
 def evaluate_suite(
     config: EvalConfig,
     model: OpenModel,
+    engine: EmbeddedEngine | ServedModel,
     suite: str,
     tasks: list[LoadedTask],
     pool: VerifierPool | None,
@@ -123,7 +127,6 @@ def evaluate_suite(
         keep_completions=config.eval.keep_completions,
         seed=config.run.seed,
     )
-    engine = open_engine(config.rollout, model.chunks, groups, model.architecture, model.tokenizer)
     answers, seconds = answer_tasks(
         tasks,
         [range(groups.dp_rank, len(task.instances), groups.dp_size) for task in tasks],
@@ -168,6 +171,7 @@ def _settings(config: EvalConfig) -> dict[str, Any]:
     rollout, section = config.rollout, config.eval
     return {
         "seed": config.run.seed,
+        "engine": rollout.engine,
         "draws": section.draws,
         "temperature": rollout.temperature,
         "top_p": rollout.top_p,

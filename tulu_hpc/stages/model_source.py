@@ -82,8 +82,11 @@ def find_source(path: str | Path, what: str = "model.path") -> Source:
     return Source(_base_of_run(run_dir), step)
 
 
-def open_model(run: RunSection, model: ModelSection, parallel: ParallelSection) -> OpenModel:
+def open_model(run: RunSection, model: ModelSection, parallel: ParallelSection, *, served: bool = False) -> OpenModel:
     """Start the process groups and load the model; collective.
+
+    Args:
+        served: rollout servers will read the model's files, so a Hugging Face directory is not loaded here.
 
     Raises:
         ConfigError: naming the key, or a damaged checkpoint.
@@ -96,7 +99,9 @@ def open_model(run: RunSection, model: ModelSection, parallel: ParallelSection) 
     source = find_source(model.path)
     based = model.model_copy(update={"path": str(source.base)})
     architecture = read_architecture(based)
-    chunks = load_model(based, groups, architecture, load_weights=source.checkpoint is None)
+    chunks: list[nn.Module] = []
+    if source.checkpoint is not None or not served:
+        chunks = load_model(based, groups, architecture, load_weights=source.checkpoint is None)
     if source.checkpoint is None:
         fingerprint = reference.weights_fingerprint(source.base, groups, dtype=model.precision)
     else:

@@ -32,13 +32,13 @@ from tulu_hpc.stages.rollouts import (
     is_replica_leader,
     load_prompts,
     lost_verdicts,
-    open_engine,
     open_verifiers,
     refuse_stop_strings,
     sampling_of,
     verifier_record,
     verify_in_replica,
 )
+from tulu_hpc.stages.served_model import ServedModel, open_model_engine
 from tulu_hpc.stages.step_files import check_files, outputs_of
 from tulu_hpc.telemetry.files import write_atomically
 from tulu_hpc.telemetry.progress import Progress
@@ -58,7 +58,7 @@ def run(config: PreferConfig) -> Path:
     if config.rollout.temperature == 0:
         raise ConfigError("rollout.temperature = 0: greedy answers to a prompt are all equal, there would be no pair")
     refuse_stop_strings(config.rollout, "data prefer")
-    model = open_model(config.run, config.model, config.parallel)
+    model = open_model(config.run, config.model, config.parallel, served=config.rollout.engine == "vllm")
     groups = model.groups
     output, statistics = outputs_of(config)
     prompts = load_prompts(config.data, config.verifier, model.tokenizer, lambda text: model.say(f"prefer: {text}"))
@@ -74,7 +74,11 @@ def run(config: PreferConfig) -> Path:
     began = time.perf_counter()
     with ExitStack() as stack:
         pool = open_verifiers(config.verifier, groups, stack)
-        engine = open_engine(config.rollout, model.chunks, groups, model.architecture, model.tokenizer)
+        logs, longest = (
+            output.with_name(output.name + ".rollout"),
+            config.data.max_length + config.rollout.max_new_tokens,
+        )
+        engine = open_model_engine(config.rollout, model, config.model, logs, longest, stack)
         sampling = sampling_of(config.rollout, model.tokenizer, model.source.base)
         done = groups.broadcast_object(_prompts_done(parts) if groups.is_main else None)
         if done:
@@ -99,7 +103,7 @@ def run(config: PreferConfig) -> Path:
 def sample_chunk(
     config: PreferConfig,
     model: OpenModel,
-    engine: EmbeddedEngine,
+    engine: EmbeddedEngine | ServedModel,
     pool: VerifierPool | None,
     sampling: Sampling,
     chunk: Sequence[Prompt],
@@ -150,7 +154,7 @@ def _identity(config: PreferConfig, model: OpenModel, prompts: Sequence[Prompt])
         [prompt.record.id for prompt in prompts],
         config.prefer.samples_per_prompt,
         config.run.seed,
-        config.rollout.model_dump(mode="json", exclude={"max_sequences", "engine"}),
+        config.rollout.model_dump(mode="json", exclude={"max_sequences", "vllm"}),
         config.verifier.rules,
         config.data.chat_template,
     )

@@ -149,13 +149,7 @@ def sampling_of(rollout: RolloutSection, tokenizer: Any, model_path: str | Path)
 def open_engine(
     rollout: RolloutSection, chunks: list[Any], groups: Groups, architecture: Architecture, tokenizer: Any
 ) -> EmbeddedEngine:
-    """The embedded engine on this model.
-
-    Raises:
-        ConfigError: another engine is asked for.
-    """
-    if rollout.engine != "embedded":
-        raise ConfigError(f"rollout.engine = {rollout.engine}: only rlvr generates on rollout servers")
+    """The embedded engine on this model."""
     return EmbeddedEngine(chunks, groups, architecture, tokenizer, rollout.max_sequences)
 
 
