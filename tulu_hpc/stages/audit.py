@@ -32,6 +32,7 @@ from tulu_hpc.models.names import hf_shapes
 from tulu_hpc.models.safetensors_files import HfDirectory, published, write_shards
 from tulu_hpc.objectives.terms import Terms
 from tulu_hpc.parallel.device import default_device
+from tulu_hpc.parallel.failures import shared_writing
 from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.stages import dpo, sft, training_run
 from tulu_hpc.stages.training_data import read_items
@@ -109,10 +110,11 @@ def run(
         config=dump_yaml(audited),
     )
     certificate = groups.broadcast_object(certificate if groups.is_main else None)
-    if groups.is_main:
-        certificate.write(output)
-        if layers is not None:
-            shutil.rmtree(output / "model", ignore_errors=True)
+    with shared_writing(groups, f"the certificate ({output})"):
+        if groups.is_main:
+            if layers is not None:
+                shutil.rmtree(output / "model", ignore_errors=True)
+            certificate.write(output)
     return certificate
 
 
@@ -131,18 +133,22 @@ def first_layers(
 ) -> tuple[ModelSection, Architecture]:
     """A copy of the model's first layers, with embedding, final norm and head, at `target`."""
     short = architecture.model_copy(update={"num_hidden_layers": layers})
-    if groups.is_main:
-        directory, shapes = HfDirectory(model.path), hf_shapes(short)
-        some = next(iter(shapes))
-        dtype = directory.read(some, tuple(slice(0, 1) for _ in shapes[some])).dtype
-        stream = ((name, directory.read(name, tuple(slice(0, n) for n in shape))) for name, shape in shapes.items())
-        with published(target) as staging:
-            write_shards(stream, staging, shapes, dtype, 5e9)
-            write_config(staging, short, dtype, source=Path(model.path))
-            copy_companions(Path(model.path), staging)
-        directory.close()
-    groups.barrier()
+    with shared_writing(groups, f"the model's first layers ({target})"):
+        if groups.is_main:
+            _write_first_layers(Path(model.path), short, target)
     return model.model_copy(update={"path": str(target), "architecture": None}), short
+
+
+def _write_first_layers(source: Path, short: Architecture, target: Path) -> None:
+    directory, shapes = HfDirectory(source), hf_shapes(short)
+    some = next(iter(shapes))
+    dtype = directory.read(some, tuple(slice(0, 1) for _ in shapes[some])).dtype
+    stream = ((name, directory.read(name, tuple(slice(0, n) for n in shape))) for name, shape in shapes.items())
+    with published(target) as staging:
+        write_shards(stream, staging, shapes, dtype, 5e9)
+        write_config(staging, short, dtype, source=source)
+        copy_companions(source, staging)
+    directory.close()
 
 
 def sample(run: Run, config: AuditedConfig, rows: int, max_tokens: int) -> tuple[list[Item], int]:
