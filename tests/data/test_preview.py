@@ -13,6 +13,7 @@ from tulu_hpc.data.chat_template import ChatTemplate
 from tulu_hpc.data.datasets import preference_items, sft_items
 from tulu_hpc.data.packed_batch import Item, TokenSequence
 from tulu_hpc.data.preview import choose, preview_page
+from tulu_hpc.data.readout import with_readout
 from tulu_hpc.data.records import Message, PreferenceRecord, SftRecord
 
 EOS = "<|end_of_text|>"
@@ -51,6 +52,18 @@ def test_both_answers_of_a_pair_are_shown() -> None:
     assert marked(html) == f"Good{tokenizer.eos_token}Bad{tokenizer.eos_token}"
     plain = unescape(re.sub("<[^>]*>", "", html[html.index('id="samples"') :]))
     assert plain.index("chosen") < plain.index("rejected") and plain.count("Say something") == 2
+
+
+def test_of_a_scalar_head_the_token_is_marked_at_which_it_is_read() -> None:
+    tokenizer = byte_level()
+    prompt = [Message("user", "Say something")]
+    record = PreferenceRecord(prompt, [Message("assistant", "Good")], [Message("assistant", "Bad")], "pairs", "p1")
+    items = preference_items([record], tokenizer, ChatTemplate.load("tulu", tokenizer), 512)
+    html = preview_page([with_readout(item) for item in items], tokenizer, title="t", rows=1, seed=0, readout=True)
+    assert marked(html) == 2 * tokenizer.eos_token
+    plain = unescape(re.sub("<[^>]*>", "", html[html.index('id="samples"') :]))
+    assert plain.count(tokenizer.eos_token) == 2, "the place of the read-out is no token"
+    assert "2 read out" in plain and "trained" not in plain
 
 
 def test_a_wrong_mask_shows() -> None:

@@ -22,7 +22,7 @@ from tulu_hpc.cli.main import app
 from tulu_hpc.config.verbs import load_training_config
 from tulu_hpc.diagnostics.certificate import Certificate, Check, Difference
 from tulu_hpc.models.build import unwrap
-from tulu_hpc.stages import audit, sft
+from tulu_hpc.stages import audit, reward_model, sft
 from tulu_hpc.training import trainer as trainer_module
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -32,7 +32,7 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("audit")
     inputs = tiny_run.write_inputs(folder)
-    for verb in ("sft", "dpo"):
+    for verb in ("sft", "dpo", "rm"):
         tiny_run.write_config(tiny_run.config(inputs, folder / "run", verb), folder / f"{verb}.yaml")
     return folder
 
@@ -108,6 +108,28 @@ def rows_off_by_one(patch: pytest.MonkeyPatch) -> None:
     change_packs(patch, change)
 
 
+def readout_one_early(patch: pytest.MonkeyPatch) -> None:
+    """The scalar head is read before the last token of an answer instead of after it."""
+
+    def change(pack: Any) -> None:
+        pack.hidden_row_K = pack.hidden_row_K - 1
+
+    change_packs(patch, change)
+
+
+def wrong_head(patch: pytest.MonkeyPatch) -> None:
+    def change(model: Any) -> None:
+        with torch.no_grad():
+            model.score.weight.mul_(1.001)
+
+    after_loading(patch, change)
+
+
+def rejected_for_chosen(patch: pytest.MonkeyPatch) -> None:
+    scores = reward_model.pair_scores
+    patch.setattr(reward_model, "pair_scores", lambda *given, **named: scores(*given, **named).flip(1))
+
+
 def norm_gradients_stay_local(patch: pytest.MonkeyPatch) -> None:
     """Under sequence parallelism each rank keeps the gradient of its own rows."""
     module = importlib.import_module("megatron.core.distributed.finalize_model_grads")  # a function has this name too
@@ -127,8 +149,19 @@ FAULTS: dict[int, dict[str, tuple[Plant, str, list[str], str, str]]] = {
         "labels": (labels_off_by_one, "dpo", [], "logprobs", "sample 0"),
         "rows": (rows_off_by_one, "dpo", ["train.prefix_sharing=false"], "hidden", "model.embed_tokens"),
         "divisor": (wrong_divisor, "sft", ["sft.normalisation=token_mean"], "loss", "the batch"),
+        "rm read-out": (readout_one_early, "rm", ["train.prefix_sharing=false"], "hidden", "model.embed_tokens"),
+        "rm head": (wrong_head, "rm", [], "weights", "score.weight"),
+        "rm pairs": (rejected_for_chosen, "rm", [], "loss", "the batch"),
+        "rm q/k groups": (swap_query_groups, "rm", [], "weights", "model.layers.1.self_attn.q_proj.weight"),
     },
     2: {
+        "rm all-reduce": (
+            norm_gradients_stay_local,
+            "rm",
+            ["parallel.tensor=2"],
+            "gradients",
+            "model.layers.0.input_layernorm.weight",
+        ),
         "all-reduce": (
             norm_gradients_stay_local,
             "dpo",
@@ -181,12 +214,17 @@ def test_it_holds_at_several_layouts(files: Path) -> None:
             ("sft", ["sft.normalisation=token_mean"], {}),
             ("dpo", ["dpo.kind=simpo", "dpo.beta=2"], {"layers": 1}),
             ("dpo", [], {"dtype": "bfloat16"}),
+            ("rm", [], {}),
+            ("rm", [], {"layers": 1, "dtype": "bfloat16"}),
             ("sft", ["sft.neftune_alpha=5", "model.dtype=bfloat16", "optimizer.gradient_dtype=bfloat16"], {}),
         ],
         2: [
             ("sft", ["parallel.tensor=2", "train.recompute=full"], {}),
             ("dpo", ["parallel.context=2"], {}),
             ("sft", ["parallel.pipeline=2"], {}),
+            ("rm", ["parallel.context=2"], {}),
+            ("rm", ["parallel.tensor=2"], {}),
+            ("rm", ["parallel.pipeline=2"], {}),
             ("dpo", [], {}),
         ],
     }
@@ -197,7 +235,7 @@ def test_it_holds_at_several_layouts(files: Path) -> None:
             layers = options.get("layers", 2)
             counts = {check.name: len(check.differences) for check in certificate.checks}
             assert counts["hidden"] == layers + 2 and counts["weights"] == counts["gradients"] == 3 + 9 * layers
-            assert counts["logprobs"] == (6 if verb == "sft" else 12)
+            assert counts["scores" if verb == "rm" else "logprobs"] == (6 if verb == "sft" else 12)
             packs[verb, world, *overrides] = certificate.subject["packs"]
     alone, staged = packs["sft", 1, "sft.normalisation=token_mean"], packs["sft", 2, "parallel.pipeline=2"]
     assert alone == staged > 0, "both stages have the same packs"

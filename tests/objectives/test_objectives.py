@@ -78,6 +78,23 @@ def test_preference_loss_equals_trl_source() -> None:
     assert "logsigmoid(self.beta *" in source.replace("self.beta  *", "self.beta *"), trl.__version__
 
 
+def test_a_source_named_sft_is_not_the_sft_term() -> None:
+    names = ["other", "sft"]
+    terms = preference_terms(
+        **pairs_batch(),
+        global_pairs=3,
+        kind="dpo",
+        beta=0.3,
+        sft_weight=0.5,
+        sources=["sft", "other", "sft"],
+        source_names=names,
+    )
+    parts = [terms.metrics[f"loss/{name}"] for name in names]
+    assert [float(count) for _, count in parts] == [1.0, 2.0]
+    assert sum(float(total) for total, _ in parts) == pytest.approx(3 * value(terms, "loss"))
+    assert value(terms, "sft_loss") != pytest.approx(value(terms, "loss/sft"))
+
+
 def test_margin_is_zero_against_itself() -> None:
     batch = pairs_batch()
     own = sequence_sums(batch["logprobs_K"].detach(), batch["sequence_id_K"], 6)

@@ -34,38 +34,53 @@ def choose(items: Sequence[Item], rows: int, seed: int) -> list[Item]:
 
 
 def preview_page(
-    items: Sequence[Item], tokenizer: Any, *, title: str, rows: int, seed: int, summaries: Sequence[str] = ()
+    items: Sequence[Item],
+    tokenizer: Any,
+    *,
+    title: str,
+    rows: int,
+    seed: int,
+    summaries: Sequence[str] = (),
+    readout: bool = False,
 ) -> str:
     """The whole HTML document.
 
     Args:
         rows: samples shown.
         summaries: lines about what was read, cut and left out.
+        readout: the items are those of a scalar head (`data.readout`): marked is the token after which it is read.
     """
-    shown = [_sample(item, tokenizer) for item in choose(items, rows, seed)]
-    legend = tag(
-        "p", tag("span", "trained", class_="t sample"), " tokens are predicted and scored; all others are read."
-    )
+    word = "read out" if readout else "trained"
+    shown = [_sample(item, tokenizer, word, readout=readout) for item in choose(items, rows, seed)]
+    use = " tokens are predicted and scored; all others are read."
+    if readout:
+        use = ": after this token the scalar head gives the score of the answer; no token is predicted."
+    legend = tag("p", tag("span", word, class_="t sample"), use)
     content = [
         _MARKS,
         tag("h1", title),
         join(paragraph(line) for line in summaries),
-        _sources(items),
+        _sources(items, word, readout=readout),
         section("samples", "Samples", legend, *shown),
     ]
     return page(title, join(content))
 
 
-def _sources(items: Sequence[Item]) -> Html:
+def _tokens(item: Item, *, readout: bool) -> int:
+    """Tokens that the network reads or is asked for; the place of a read-out is neither."""
+    return tokens_of(item) - readout * len(item.responses)
+
+
+def _sources(items: Sequence[Item], word: str, *, readout: bool) -> Html:
     by_source: dict[str, list[Item]] = {}
     for item in items:
         by_source.setdefault(item.source, []).append(item)
     rows = []
     for source, own in [*sorted(by_source.items()), *([("all", list(items))] if len(by_source) > 1 else [])]:
-        tokens, trained = sum(map(tokens_of, own)), sum(map(_trained, own))
-        longest = max(map(tokens_of, own))
+        lengths = [_tokens(item, readout=readout) for item in own]
+        tokens, trained, longest = sum(lengths), sum(map(_trained, own)), max(lengths)
         rows.append((source, len(own), f"{tokens:,}", f"{trained:,}", f"{100 * trained / tokens:.1f} %", longest))
-    return table(("source", "samples", "tokens", "trained", "share", "longest"), rows, caption="What will be trained")
+    return table(("source", "samples", "tokens", word, "share", "longest"), rows, caption="What will be trained")
 
 
 def _trained(item: Item) -> int:
@@ -78,7 +93,7 @@ def _trained(item: Item) -> int:
     return total
 
 
-def _sample(item: Item, tokenizer: Any) -> Html:
+def _sample(item: Item, tokenizer: Any, word: str, *, readout: bool) -> Html:
     names = {"sequence": [""], "pair": ["chosen", "rejected"]}.get(item.kind, [])
     batch = pack([item], share=False)
     parts: list[Html] = []
@@ -86,12 +101,15 @@ def _sample(item: Item, tokenizer: Any) -> Html:
         scored = batch.hidden_row_K[batch.sequence_id_K == index].tolist()
         # Without sharing, sequences lie one after another, each without its last token.
         begin = int(batch.cu_seqlens[index]) if index < batch.cu_seqlens.numel() else 0
-        marks = {row - begin + 1 for row in scored}
+        # A scalar head is read at the row itself, log-probs are those of the token after it.
+        marks = {row - begin + (not readout) for row in scored}
         whole = item.prompt.tolist() + response.tokens.tolist()
+        if readout:
+            whole = whole[:-1]
         title = names[index] if index < len(names) else f"response {index}"
         parts += [tag("h3", title)] if title else []
         parts.append(tag("div", *_spans(whole, marks, tokenizer), class_="sample"))
-    count = f"{item.source or 'sample'} {item.id}: {tokens_of(item)} tokens, {batch.num_targets} trained"
+    count = f"{item.source or 'sample'} {item.id}: {_tokens(item, readout=readout)} tokens, {batch.num_targets} {word}"
     opened = details(count, *parts)
     return Html(opened.replace("<details>", "<details open>", 1))
 

@@ -145,8 +145,13 @@ def logprob_differences(
     ]
 
 
-def weight_differences(stream: Iterator[tuple[str, Tensor | None]], path: str) -> list[Difference]:
+def weight_differences(
+    stream: Iterator[tuple[str, Tensor | None]], path: str, drawn: Mapping[str, Tensor] | None = None
+) -> list[Difference]:
     """Largest |d| between each tensor that training holds and the file it came from, rounded to the same dtype.
+
+    Args:
+        drawn: tensors that no file has.
 
     Collective; complete on global rank 0, empty elsewhere.
     """
@@ -154,7 +159,10 @@ def weight_differences(stream: Iterator[tuple[str, Tensor | None]], path: str) -
     found = []
     for name, tensor in stream:
         if tensor is not None:
-            stored = directory.read(name, tuple(slice(0, size) for size in directory.shape(name)))
+            if drawn and name in drawn:
+                stored = drawn[name]
+            else:
+                stored = directory.read(name, tuple(slice(0, size) for size in directory.shape(name)))
             found.append(Difference(name, float((tensor.float() - stored.to(tensor.dtype).float()).abs().max())))
     directory.close()
     return found

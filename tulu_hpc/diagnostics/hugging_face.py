@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from tulu_hpc.data.packed_batch import Item
 
 Place = tuple[str, int]  # id of the item, index of the response
-ItemLoss = Callable[[Item, Sequence[Tensor]], Tensor]  # log-probs [n] of each response -> this item's share of the loss
+# log-probs [n] of each response (of a scalar head: [1] scores) -> this item's share of the loss
+ItemLoss = Callable[[Item, Sequence[Tensor]], Tensor]
 PROBES = 4
 
 
@@ -29,7 +30,7 @@ class Truth:
     """Results of one process.
 
     Attributes:
-        logprobs: [n] fp32 of each response.
+        logprobs: [n] fp32 of each response; of a model with a scalar head its score, [1].
         hidden: [L + 2, P, H] fp32 of each response: output of the embedding, of every layer and of the final norm, at
             the tokens that predict the scored tokens `probes(n)`.
         loss: of all samples.
@@ -59,13 +60,34 @@ def load_model(path: Path, device: torch.device) -> Any:
     return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
 
 
-def compute(path: Path, items: Sequence[Item], loss: ItemLoss, device: torch.device) -> Truth:
+def load_scoring_model(path: Path, new_score: Tensor | None, device: torch.device) -> Any:
+    """transformers' sequence classification with one label, in fp32; `new_score` [1, H] is its head if it has none."""
+    model = LlamaForSequenceClassification.from_pretrained(path, dtype=torch.float32, num_labels=1)
+    if new_score is not None:
+        with torch.no_grad():
+            model.score.weight.copy_(new_score)
+    return model.to(device).eval()
+
+
+def compute(
+    path: Path,
+    items: Sequence[Item],
+    loss: ItemLoss,
+    device: torch.device,
+    *,
+    scores: bool = False,
+    new_score: Tensor | None = None,
+) -> Truth:
     """Run the samples through Hugging Face's model one response at a time, with gradients.
+
+    Args:
+        scores: by a scalar head; each response has one target, the place after its last token (`data.readout`).
+        new_score: [1, H], the head of a language model that gets one.
 
     Raises:
         ValueError: a sample without any scored token.
     """
-    model = load_model(path, device)
+    model = load_scoring_model(path, new_score, device) if scores else load_model(path, device)
     truth = Truth()
     outputs: list[Tensor] = []
     stages = [model.model.embed_tokens, *model.model.layers, model.model.norm]
@@ -78,9 +100,13 @@ def compute(path: Path, items: Sequence[Item], loss: ItemLoss, device: torch.dev
                 raise ValueError(f"item {item.id!r}: response {index} has no scored token")
             whole = torch.cat((item.prompt, response.tokens)).to(device)
             outputs.clear()
-            table = model(whole[None], use_cache=False).logits[0].log_softmax(-1)
             before = torch.tensor(positions, device=device) - 1
-            logprobs.append(table[before, whole[before + 1]])
+            if scores:
+                model.model(whole[None, :-1], use_cache=False)
+                logprobs.append(model.score(outputs[-1][0, before])[:, 0])
+            else:
+                table = model(whole[None], use_cache=False).logits[0].log_softmax(-1)
+                logprobs.append(table[before, whole[before + 1]])
             rows = before[probes(len(positions))]
             truth.hidden[item.id, index] = torch.stack([each.detach()[0, rows] for each in outputs]).cpu()
             truth.logprobs[item.id, index] = logprobs[-1].detach().cpu()

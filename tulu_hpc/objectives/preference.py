@@ -16,6 +16,8 @@ from tulu_hpc.kernels import preference_loss
 from tulu_hpc.objectives.sources import pair_source_metrics
 from tulu_hpc.objectives.terms import Metric, Terms, sequence_sums
 
+_NAMES = {"loss/sft": "sft_loss"}
+
 
 def preference_terms(
     logprobs_K: Tensor,
@@ -46,7 +48,7 @@ def preference_terms(
 
     Metrics (means over pairs): `loss`, `rewards/{chosen,rejected,margins,accuracies}` (a reward is beta times the
     score: the log-ratio, or for the kinds on means that of the per-token means), `logps/{chosen,rejected}` (sums over
-    a sequence), `lengths/{chosen,rejected}`, where they apply `loss/sft` and `weights`, and those of
+    a sequence), `lengths/{chosen,rejected}`, where they apply `sft_loss` and `weights`, and those of
     `sources.PAIR_METRICS` by source.
 
     Raises:
@@ -71,7 +73,8 @@ def preference_terms(
     # Every context-parallel rank has the same pairs; the first one counts them.
     counted = 1.0 if cp_group is None or cp_group.rank() == 0 else 0.0
     pairs = pairs_P2.shape[0] * counted
-    sums = {"loss": out.loss.detach(), **out.metrics}
+    # `loss/...` is the room of the sources: the kernel's `loss/sft` would be that of a source named sft.
+    sums = {"loss": out.loss.detach(), **{_NAMES.get(name, name): value for name, value in out.metrics.items()}}
     shown: dict[str, Metric] = {
         name: (value * counted, pairs) for name, value in sums.items() if not name.startswith("counts/")
     }

@@ -17,10 +17,11 @@ from torch import Tensor
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.loader import ConfigError, dump_yaml
 from tulu_hpc.config.run_directory import RunDirectory
-from tulu_hpc.config.schema import DpoConfig, SftConfig
+from tulu_hpc.config.schema import DpoConfig, RewardModelConfig, SftConfig
 from tulu_hpc.config.sections import ModelSection
 from tulu_hpc.data.loader import ItemLoader, StepData
 from tulu_hpc.data.packed_batch import Item
+from tulu_hpc.data.readout import with_readout
 from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.diagnostics import compare, hugging_face
 from tulu_hpc.diagnostics.certificate import Certificate, Check, Difference
@@ -28,19 +29,21 @@ from tulu_hpc.diagnostics.hugging_face import ItemLoss, Truth
 from tulu_hpc.kernels import preference_loss
 from tulu_hpc.models.convert import copy_companions, iter_hf_tensors, write_config
 from tulu_hpc.models.model_files import is_imported
-from tulu_hpc.models.names import hf_shapes
+from tulu_hpc.models.names import SCORE, hf_shapes
 from tulu_hpc.models.safetensors_files import HfDirectory, published, write_shards
+from tulu_hpc.models.scalar_head import Head, new_head_weight
 from tulu_hpc.objectives.terms import Terms
 from tulu_hpc.parallel.device import default_device
+from tulu_hpc.parallel.failures import shared_writing
 from tulu_hpc.parallel.layout import Groups
-from tulu_hpc.stages import dpo, sft, training_run
+from tulu_hpc.stages import dpo, reward_model, sft, training_run
 from tulu_hpc.stages.training_data import read_items
 from tulu_hpc.stages.training_run import Run
 from tulu_hpc.training import reference
 from tulu_hpc.training.runner import LossFn, row_multiple
 from tulu_hpc.training.trainer import Trainer, build_trainer
 
-AuditedConfig = SftConfig | DpoConfig
+AuditedConfig = SftConfig | DpoConfig | RewardModelConfig
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,11 @@ def run(
         config=dump_yaml(audited),
     )
     certificate = groups.broadcast_object(certificate if groups.is_main else None)
-    if groups.is_main:
-        certificate.write(output)
-        if layers is not None:
-            shutil.rmtree(output / "model", ignore_errors=True)
+    with shared_writing(groups, f"the certificate ({output})"):
+        if groups.is_main:
+            if layers is not None:
+                shutil.rmtree(output / "model", ignore_errors=True)
+            certificate.write(output)
     return certificate
 
 
@@ -131,22 +135,28 @@ def first_layers(
 ) -> tuple[ModelSection, Architecture]:
     """A copy of the model's first layers, with embedding, final norm and head, at `target`."""
     short = architecture.model_copy(update={"num_hidden_layers": layers})
-    if groups.is_main:
-        directory, shapes = HfDirectory(model.path), hf_shapes(short)
-        some = next(iter(shapes))
-        dtype = directory.read(some, tuple(slice(0, 1) for _ in shapes[some])).dtype
-        stream = ((name, directory.read(name, tuple(slice(0, n) for n in shape))) for name, shape in shapes.items())
-        with published(target) as staging:
-            write_shards(stream, staging, shapes, dtype, 5e9)
-            write_config(staging, short, dtype, source=Path(model.path))
-            copy_companions(Path(model.path), staging)
-        directory.close()
-    groups.barrier()
+    with shared_writing(groups, f"the model's first layers ({target})"):
+        if groups.is_main:
+            _write_first_layers(Path(model.path), short, target)
     return model.model_copy(update={"path": str(target), "architecture": None}), short
 
 
+def _write_first_layers(source: Path, short: Architecture, target: Path) -> None:
+    directory = HfDirectory(source)
+    head: Head = "value" if SCORE in directory.file_of else "logprobs"
+    shapes = hf_shapes(short, head)
+    some = next(iter(shapes))
+    dtype = directory.read(some, tuple(slice(0, 1) for _ in shapes[some])).dtype
+    stream = ((name, directory.read(name, tuple(slice(0, n) for n in shape))) for name, shape in shapes.items())
+    with published(target) as staging:
+        write_shards(stream, staging, shapes, dtype, 5e9)
+        write_config(staging, short, dtype, source=source, head=head)
+        copy_companions(source, staging)
+    directory.close()
+
+
 def sample(run: Run, config: AuditedConfig, rows: int, max_tokens: int) -> tuple[list[Item], int]:
-    """A seeded choice of the data, renamed to its number in the audit; pairs get reference log-probs of their own.
+    """A seeded choice of the data, renamed to its number in the audit; dpo gets reference log-probs of its own.
 
     These are drawn, not computed: a policy beside itself would have a loss that many faults leave alone.
     """
@@ -160,6 +170,8 @@ def sample(run: Run, config: AuditedConfig, rows: int, max_tokens: int) -> tuple
         for item in named:
             lengths = [len(hugging_face.scored_positions(item, i)) for i in range(2)]
             item.per_sequence[reference.COLUMN] = [-n * generator.uniform(1.0, 3.0) for n in lengths]
+    if isinstance(config, RewardModelConfig):
+        named = [with_readout(item) for item in named]
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return named, int(pad_id or 0)
 
@@ -168,8 +180,18 @@ def one_process_truth(run: Run, config: AuditedConfig, items: Sequence[Item]) ->
     """Computed by global rank 0; the others get all but the gradients."""
     truth: Truth | None = None
     if run.groups.is_main:
-        loss = sft_loss(config, items) if isinstance(config, SftConfig) else pair_loss(config, items)
-        truth = hugging_face.compute(Path(config.model.path), items, loss, default_device())
+        if isinstance(config, SftConfig):
+            loss = sft_loss(config, items)
+        else:
+            loss = pair_loss(config, items) if isinstance(config, DpoConfig) else score_loss(items)
+        truth = hugging_face.compute(
+            Path(config.model.path),
+            items,
+            loss,
+            default_device(),
+            scores=isinstance(config, RewardModelConfig),
+            new_score=drawn_tensors(run, config).get(SCORE),
+        )
     shared = run.groups.broadcast_object(None if truth is None else replace(truth, gradients={}))
     assert isinstance(shared, Truth)
     return truth or shared
@@ -205,6 +227,26 @@ def pair_loss(config: DpoConfig, items: Sequence[Item]) -> ItemLoss:
     return loss
 
 
+def score_loss(items: Sequence[Item]) -> ItemLoss:
+    """Bradley-Terry: -log(1 / (1 + exp(rejected - chosen))), mean over the pairs, in fp64 [2203.02155 eq. 1]."""
+
+    def loss(item: Item, scores: Sequence[Tensor]) -> Tensor:
+        chosen, rejected = (each.double().sum() for each in scores)
+        return torch.log1p(torch.exp(rejected - chosen)) / len(items)
+
+    return loss
+
+
+def drawn_tensors(run: Run, config: AuditedConfig) -> dict[str, Tensor]:
+    """What training draws by the seed because `model.path` lacks it: the head of a new reward model."""
+    if not isinstance(config, RewardModelConfig):
+        return {}
+    directory = HfDirectory(config.model.path)
+    has_head = SCORE in directory.file_of
+    directory.close()
+    return {} if has_head else {SCORE: new_head_weight(run.architecture.hidden_size, config.run.seed)}
+
+
 def audited_trainer(run: Run, config: AuditedConfig) -> Trainer:
     """As training builds it."""
     return build_trainer(
@@ -215,6 +257,8 @@ def audited_trainer(run: Run, config: AuditedConfig) -> Trainer:
         total_steps=1,
         groups=run.groups,
         architecture=run.architecture,
+        head="value" if isinstance(config, RewardModelConfig) else "logprobs",
+        new_head_seed=config.run.seed,
     )
 
 
@@ -242,10 +286,11 @@ def compared(
     """Every check, in the order in which a fault shows. Complete on global rank 0. Collective."""
     groups, architecture = run.groups, run.architecture
     stored = iter_hf_tensors(trainer.models, architecture, groups)
-    weights = compare.weight_differences(stored, config.model.path)
+    weights = compare.weight_differences(stored, config.model.path, drawn_tensors(run, config))
     layers = architecture.num_hidden_layers
     with compare.captured(trainer.models, layers) as outputs:
-        logprobs = trainer.runner.logprobs(data.packs)
+        scores = isinstance(config, RewardModelConfig)
+        logprobs = trainer.runner.values(data.packs) if scores else trainer.runner.logprobs(data.packs)
     batches = trainer.runner.prepare(data.packs)
     hidden = compare.hidden_differences(
         outputs,
@@ -259,11 +304,13 @@ def compared(
     loss_fn: LossFn
     if isinstance(config, SftConfig):
         loss_fn = sft.batch_loss(run, config, data)
-    else:
+    elif isinstance(config, DpoConfig):
         loss_fn = dpo.batch_loss(run, config, data)
+    else:
+        loss_fn = reward_model.batch_loss(run, data, ())
     trainer.zero_grad()
     terms = trainer.runner.forward_backward(batches, loss_fn)
-    loss = global_loss(groups, terms, whole_on_every_context_rank=isinstance(config, DpoConfig))
+    loss = global_loss(groups, terms, whole_on_every_context_rank=not isinstance(config, SftConfig))
     with compare.gradients_as_parameters(trainer.chunks, groups):
         stream = iter_hf_tensors(trainer.models, architecture, groups)
         gradients, remark = compare.gradient_differences(stream, truth, measure=allowed.gradient_measure)
@@ -272,7 +319,7 @@ def compared(
     return [
         Check("weights", "max|d|", 0.0, weights),
         Check("hidden", "max|d| / max|truth|", allowed.hidden, hidden),
-        Check("logprobs", "max|d|, nats", allowed.logprobs, scored),
+        Check("scores" if scores else "logprobs", "max|d|" if scores else "max|d|, nats", allowed.logprobs, scored),
         Check("loss", "|d| / |truth|", allowed.loss, [Difference(f"the batch ({loss:.6g})", relative)], remark),
         Check("gradients", measure, allowed.gradients, gradients, remark),
     ]

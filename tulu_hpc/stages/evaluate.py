@@ -23,6 +23,7 @@ from tulu_hpc.data.chat_template import ChatTemplate
 from tulu_hpc.evaluation.runner import Answer, LoadedTask, RunOptions, answer_tasks, load_task, summarise
 from tulu_hpc.evaluation.suites import dev_task, unseen_task
 from tulu_hpc.evaluation.tasks import EvalTask
+from tulu_hpc.parallel.failures import shared_writing
 from tulu_hpc.rollout.embedded import EmbeddedEngine
 from tulu_hpc.stages.model_source import OpenModel, open_model
 from tulu_hpc.stages.rollouts import (
@@ -159,11 +160,12 @@ def evaluate_suite(
                 "python": platform.python_version(),
             },
         }
-        _write(path, results)
-        if suite == "unseen":
-            _log_unseen(config, model, path)
-        _show(model, results)
-    groups.barrier()
+    with shared_writing(groups, str(path)):
+        if groups.is_main:
+            _write(path, results)
+            if suite == "unseen":
+                _log_unseen(config, model, path)
+            _show(model, results)
     return path
 
 

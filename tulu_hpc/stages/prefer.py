@@ -22,6 +22,7 @@ from tulu_hpc.curation.preference import PreferenceStatistics, ScoredSample, bin
 from tulu_hpc.data.datasets import Prompt
 from tulu_hpc.data.records import content_id, message_dicts
 from tulu_hpc.data.rows import write_jsonl
+from tulu_hpc.parallel.failures import shared_writing
 from tulu_hpc.rollout.embedded import EmbeddedEngine
 from tulu_hpc.rollout.engine import Request, Sampling
 from tulu_hpc.rollout.sampling import derive_seed
@@ -68,9 +69,9 @@ def run(config: PreferConfig) -> Path:
     if groups.broadcast_object(_is_done(output, statistics, identity) if groups.is_main else None):
         model.say(f"prefer: nothing to do, {output} is complete")
         return output
-    if groups.is_main:
-        _open_parts(parts, identity)
-    groups.barrier()
+    with shared_writing(groups, str(parts)):
+        if groups.is_main:
+            _open_parts(parts, identity)
     began = time.perf_counter()
     with ExitStack() as stack:
         pool = open_verifiers(config.verifier, groups, stack)
@@ -87,16 +88,17 @@ def run(config: PreferConfig) -> Path:
         while done < len(prompts):
             chunk = prompts[done : done + CHUNK_PROMPTS * groups.dp_size]
             rows = sample_chunk(config, model, engine, pool, sampling, chunk)
-            if groups.is_main:
-                write_jsonl(parts / f"{done:09d}.jsonl", rows)
+            with shared_writing(groups, str(parts)):
+                if groups.is_main:
+                    write_jsonl(parts / f"{done:09d}.jsonl", rows)
             done += len(chunk)
             progress.update(done, tokens=sum(row["new_tokens"] for row in rows))
         shares = groups.all_gather_object(pool.take_stats().as_dict() if pool else None)
     counts = [share for share in shares if share is not None]
     verdicts = lost_verdicts(counts, config.verifier.max_lost_share, "prefer")
-    if groups.is_main:
-        _publish(config, model, parts, output, statistics, identity, verdicts, time.perf_counter() - began)
-    groups.barrier()
+    with shared_writing(groups, str(output)):
+        if groups.is_main:
+            _publish(config, model, parts, output, statistics, identity, verdicts, time.perf_counter() - began)
     return output
 
 

@@ -13,6 +13,7 @@ from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.schema import RlvrConfig
 from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.models.llama import Llama
+from tulu_hpc.parallel.failures import WriteFailures
 from tulu_hpc.rollout.embedded import EmbeddedEngine
 from tulu_hpc.stages import training_run
 from tulu_hpc.stages.rlvr_learner import Learner
@@ -22,7 +23,6 @@ from tulu_hpc.stages.rlvr_values import open_value_model
 from tulu_hpc.stages.rollouts import load_prompts, open_engine, open_verifiers, refuse_stop_strings, sampling_of
 from tulu_hpc.stages.served import ServedEngine, check_served, start_servers
 from tulu_hpc.stages.training_run import Run
-from tulu_hpc.telemetry.metrics import MetricLogger
 from tulu_hpc.telemetry.progress import Progress
 from tulu_hpc.training import checkpoint
 from tulu_hpc.training.preemption import StopRequest
@@ -151,16 +151,9 @@ def fit(learner: Learner, first: int) -> None:
         Preempted: the run was asked to stop; its state is saved.
     """
     run, config = learner.run, learner.config
-    train, telemetry, main = config.train, config.telemetry, run.groups.is_main
-    logger = MetricLogger(
-        run.directory,
-        enabled=main,
-        tensorboard=telemetry.tensorboard,
-        wandb=telemetry.wandb,
-        resume_step=first,
-        name=config.run.name,
-        config=config.model_dump(mode="json"),
-    )
+    train, main = config.train, run.groups.is_main
+    logger = training_run.open_logger(run, first)
+    failures = WriteFailures(run.groups)
     progress = Progress("rlvr", train.steps, start=first, enabled=main, interval=0.0 if train.steps <= 20 else None)
     stop = StopRequest(run.directory.stop_requested, run.directory.preempted, is_main=main)
     saver = training_run.make_saver(run, learner.trainer, learner.partners)
@@ -170,7 +163,9 @@ def fit(learner: Learner, first: int) -> None:
                 learner, step, check_mismatch=step == first + 1, stop_requested=stop.pending()
             )
             if step % train.log_every == 0 or step == train.steps:
-                logger.log(step, metrics)
+                with failures.writing(str(run.directory.metrics)):
+                    logger.log(step, metrics)
+                failures.check()
             progress.update(
                 step,
                 tokens=metrics["rollout/new_tokens"],

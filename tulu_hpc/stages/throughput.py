@@ -14,6 +14,7 @@ import torch.distributed as dist
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.sections import TelemetrySection
 from tulu_hpc.data.flops import Recompute, Work, hardware_flops, model_flops
+from tulu_hpc.parallel.failures import shared_writing
 from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.planner.peak import peak_of_device
 from tulu_hpc.telemetry import memory
@@ -105,10 +106,13 @@ class Throughput:
         self._own = []
         report = compare(self.groups.all_gather_object(mine))
         self._straggler = report.metrics()
+        path = self.directory / STRAGGLERS
+        with shared_writing(self.groups, str(path)):
+            if self.groups.is_main:
+                with path.open("a") as file:
+                    file.write(json.dumps(report.record(step)) + "\n")
         if not self.groups.is_main:
             return
-        with (self.directory / STRAGGLERS).open("a") as file:
-            file.write(json.dumps(report.record(step)) + "\n")
         warning = report.warning(self.telemetry.straggler_ratio)
         if warning is not None:
             print(f"step {step}: {warning}", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from tulu_hpc.data.chat_template import ChatTemplate
 from tulu_hpc.data.datasets import preference_items, sft_items
 from tulu_hpc.data.packed_batch import Item
 from tulu_hpc.data.preview import preview_page
+from tulu_hpc.data.readout import with_readout
 from tulu_hpc.data.records import read_records
 from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.telemetry.files import write_atomically
@@ -59,11 +60,26 @@ def preview(config: SftConfig | DpoConfig | RewardModelConfig, *, rows: int, out
     if not items:
         raise ValueError(f"{', '.join(config.data.path)}: no sample is left to train on ({'; '.join(lines)})")
     target = output or Path(config.run.dir or config.run.root) / "masks.html"
-    write_preview(target, items, tokenizer, title=f"{config.run.name}: what is trained", rows=rows, lines=lines)
+    title, readout = f"{config.run.name}: what is trained", isinstance(config, RewardModelConfig)
+    write_preview(target, items, tokenizer, title=title, rows=rows, lines=lines, readout=readout)
     return target
 
 
-def write_preview(target: Path, items: list[Item], tokenizer: Any, *, title: str, rows: int, lines: list[str]) -> None:
-    """Write the page of `data.preview`; it appears whole or not at all."""
-    text = preview_page(items, tokenizer, title=title, rows=rows, seed=0, summaries=lines)
+def write_preview(
+    target: Path,
+    items: list[Item],
+    tokenizer: Any,
+    *,
+    title: str,
+    rows: int,
+    lines: list[str],
+    readout: bool = False,
+) -> None:
+    """Write the page of `data.preview`; it appears whole or not at all.
+
+    Args:
+        readout: a scalar head is trained: the tokens at which it is read are marked.
+    """
+    shown = [with_readout(item) for item in items] if readout else items
+    text = preview_page(shown, tokenizer, title=title, rows=rows, seed=0, summaries=lines, readout=readout)
     write_atomically(target, text)

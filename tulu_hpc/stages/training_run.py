@@ -26,11 +26,12 @@ from tulu_hpc.models.convert import save_hf
 from tulu_hpc.models.scalar_head import Head
 from tulu_hpc.models.transformer_engine import check_layers
 from tulu_hpc.parallel.communication import timed_collectives
+from tulu_hpc.parallel.failures import WriteFailures, shared_writing
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
 from tulu_hpc.stages.throughput import STRAGGLERS, Throughput, total_peak
 from tulu_hpc.stages.training_data import read_items, write_preview
 from tulu_hpc.telemetry.files import write_atomically
-from tulu_hpc.telemetry.metrics import MetricLogger, truncate_after
+from tulu_hpc.telemetry.metrics import MetricLogger, TelemetryError, truncate_after
 from tulu_hpc.telemetry.profiling import StepProfiler
 from tulu_hpc.telemetry.progress import Progress
 from tulu_hpc.training import checkpoint, determinism
@@ -140,9 +141,13 @@ def load_items(
     items, lines = read_items(data, tokenizer, kind, run.say)
     assert not isinstance(run.config, RlvrConfig)  # has prompts, not items
     rows = run.config.train.preview_rows
-    if items and rows and paths is None and run.groups.is_main:
-        title = f"{run.config.run.name}: what is trained"
-        write_preview(run.directory.masks, items, tokenizer, title=title, rows=rows, lines=lines)
+    if items and rows and paths is None:
+        title, readout = f"{run.config.run.name}: what is trained", run.verb == "rm"
+        with shared_writing(run.groups, str(run.directory.masks)):
+            if run.groups.is_main:
+                write_preview(
+                    run.directory.masks, items, tokenizer, title=title, rows=rows, lines=lines, readout=readout
+                )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return items, int(pad_id or 0)
 
@@ -222,15 +227,7 @@ def fit(
     """
     train, telemetry, total = run.config.train, run.config.telemetry, loader.num_steps
     main = run.groups.is_main
-    logger = MetricLogger(
-        run.directory,
-        enabled=main,
-        tensorboard=telemetry.tensorboard,
-        wandb=telemetry.wandb,
-        resume_step=trainer.step,
-        name=run.config.run.name,
-        config=run.config.model_dump(mode="json"),
-    )
+    logger = open_logger(run, trainer.step)
     # A short run is one that somebody compares digit by digit: every step is shown.
     interval = 0.0 if total <= 20 else None
     progress = Progress(run.verb, total, start=trainer.step, enabled=main, interval=interval)
@@ -245,6 +242,7 @@ def fit(
     throughput = _throughput(run, trainer)
     saver = make_saver(run, trainer)
     samples = open_sample_log(run, loader, trainer.step)
+    failures = WriteFailures(run.groups)
     with logger, progress, stop, saver, timed_collectives(clock), samples:
         while trainer.step < total:
             with profiler.step(trainer.step + 1):
@@ -255,20 +253,50 @@ def fit(
                 result = train_step(trainer, data.packs, loss, stop_requested=stop.pending())
                 marks = clock.stop()
             ids = [i for pack in data.packs for i in pack.item_ids]
-            samples.write(result.step, ids, batch=data.num_items_global, left_out=result.skipped)
+            with failures.writing("the sample log"):
+                samples.write(result.step, ids, batch=data.num_items_global, left_out=result.skipped)
             throughput.add(result, marks)
             evaluated = evaluate(result.step)
-            if result.step % train.log_every == 0 or result.step == total or evaluated:
-                logger.log(result.step, {**_metrics(result), **throughput.metrics(), **evaluated})
+            last = result.step == total
+            saves = last or result.stop_requested or (train.save_every and result.step % train.save_every == 0)
+            logs = result.step % train.log_every == 0 or last or evaluated
+            if logs:
+                metrics = {**_metrics(result), **throughput.metrics(), **evaluated}
+                with failures.writing(str(run.directory.metrics)):
+                    logger.log(result.step, metrics)
+            if logs or saves:
+                failures.check()
             progress.update(result.step, tokens=result.rows, loss=f"{result.loss:.7f}", lr=result.lr)
             saver.observe({**_named(result), **evaluated}, known=[_name(each) for each in trainer.metric_names])
             saver.poll()
-            last = result.step == total
-            if last or result.stop_requested or (train.save_every and result.step % train.save_every == 0):
+            if saves:
                 saver.save({"loader": loader.state_dict()}, wait=last or result.stop_requested)
             if result.stop_requested and not last:
                 run.say(f"stopped on request after step {result.step}; start again to continue")
                 stop.acknowledge(result.step)
+
+
+def open_logger(run: Run, resume_step: int) -> MetricLogger:
+    """The sinks of this run, written by the main process. Collective.
+
+    Raises:
+        WriteError, TelemetryError: on every rank; a file cannot be opened, a sink cannot be used.
+    """
+    telemetry = run.config.telemetry
+    loggers: list[MetricLogger] = []
+    with shared_writing(run.groups, str(run.directory.metrics), also=(TelemetryError,)):
+        loggers.append(
+            MetricLogger(
+                run.directory,
+                enabled=run.groups.is_main,
+                tensorboard=telemetry.tensorboard,
+                wandb=telemetry.wandb,
+                resume_step=resume_step,
+                name=run.config.run.name,
+                config=run.config.model_dump(mode="json"),
+            )
+        )
+    return loggers[0]
 
 
 def open_sample_log(run: Run, loader: ItemLoader, step: int) -> SampleLog:
@@ -316,8 +344,9 @@ def _throughput(run: Run, trainer: Trainer) -> Throughput:
         architecture = architecture.model_copy(update={"vocab_size": 1})  # what its head computes per row
     peak, sentence = total_peak(run.groups, DTYPES[run.config.model.dtype], telemetry.peak_tflops)
     run.say(sentence)
-    if run.groups.is_main:
-        truncate_after(run.directory.root / STRAGGLERS, trainer.step)
+    with shared_writing(run.groups, str(run.directory.root / STRAGGLERS), also=(TelemetryError,)):
+        if run.groups.is_main:
+            truncate_after(run.directory.root / STRAGGLERS, trainer.step)
     return Throughput(
         groups=run.groups,
         architecture=architecture,
@@ -345,11 +374,11 @@ def finish(run: Run, trainer: Trainer) -> Path:
         )
     if not isinstance(config, RlvrConfig) and config.train.sample_log:
         audit_samples(run)
-    if run.groups.is_main:
-        exported = sorted(file.name for file in run.directory.hf.iterdir()) if config.train.export_hf else []
-        mark = run.directory.root / FINISHED
-        write_atomically(mark, json.dumps({"step": trainer.step, "exported": exported}) + "\n")
-    run.groups.barrier()
+    mark = run.directory.root / FINISHED
+    with shared_writing(run.groups, str(mark)):
+        if run.groups.is_main:
+            exported = sorted(file.name for file in run.directory.hf.iterdir()) if config.train.export_hf else []
+            write_atomically(mark, json.dumps({"step": trainer.step, "exported": exported}) + "\n")
     run.say(f"finished {trainer.step} steps: {run.directory.root}")
     return run.directory.root
 

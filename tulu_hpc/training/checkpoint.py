@@ -21,6 +21,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from tulu_hpc.models.checksums import Entry, file_entry
+from tulu_hpc.parallel.failures import shared_writing
 from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.training import determinism, optimizer_form
 from tulu_hpc.training.optimizer import optimizer_step, unshare_steps
@@ -53,9 +54,9 @@ def load_latest(
     for step in reversed(steps):
         problem = verify(directory / f"step_{step}", groups)
         if problem is None:
-            if groups.is_main:
-                _report(directory, problems, step)
-            groups.barrier()
+            with shared_writing(groups, f"{directory} (a checkpoint set aside)"):
+                if groups.is_main:
+                    _report(directory, problems, step)
             return _load_all(trainer, partners, directory / f"step_{step}")
         problems[step] = problem
     if steps:
@@ -148,9 +149,9 @@ def _read_manifest(path: Path) -> tuple[dict[str, Entry], str | None]:
 
 def clean(directory: Path, groups: Groups) -> None:
     """Remove what an interrupted save left behind (main process)."""
-    if groups.is_main:
-        remove_leftovers(directory)
-    groups.barrier()
+    with shared_writing(groups, f"{directory} (leftovers to be removed)"):
+        if groups.is_main:
+            remove_leftovers(directory)
 
 
 def sharded_state(trainer: Trainer, *, loading: bool, with_rng: bool = True) -> dict[str, Any]:
