@@ -32,7 +32,7 @@ from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.models.build import build_model
 from tulu_hpc.models.convert import iter_hf_tensors
 from tulu_hpc.models.names import hf_shapes
-from tulu_hpc.parallel.layout import Groups, Layout, initialize
+from tulu_hpc.parallel.layout import Layout, initialize
 from tulu_hpc.rollout.http import Address, request
 from tulu_hpc.rollout.weight_sync import Channel, push_gloo
 
@@ -187,7 +187,7 @@ def measure(layout: str, args: argparse.Namespace) -> dict[str, Any]:
                 ranks.append(subprocess.Popen(common, env=environment, stdout=subprocess.PIPE, text=True))
             outputs = [each.communicate(timeout=SECONDS)[0] for each in ranks]
             if any(each.returncode for each in ranks):
-                raise SystemExit(f"{layout}: a rank failed, see above")
+                raise SystemExit(f"{layout}: ranks ended with {[each.returncode for each in ranks]}")
             found = json.loads(outputs[0].splitlines()[-1])
         finally:
             for process in (*ranks, receiver):
