@@ -1,7 +1,7 @@
 """Weight sync over gloo beside a bare gloo broadcast of the same bytes, between processes over loopback.
 
     python benchmarks/rollout/weight_sync.py                                 # 4.5 GB of bf16; needs 12 GB of memory
-    python benchmarks/rollout/weight_sync.py --layers 2 --hidden 256 --vocab 1000 --bucket-mib 1   # checks the machinery
+    python benchmarks/rollout/weight_sync.py --layers 2 --hidden 256 --vocab 1000 --bucket-mib 1  # checks the machinery
 
 The sender is a real megatron model at tp 1 and at tp 2 x pp 2, streamed as in training; the receiver is the plugin's
 own class in vLLM's environment, loading into resident memory. Bare broadcasts have the size of a bucket, go over the
