@@ -16,6 +16,7 @@ import asyncio
 import json
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
@@ -158,6 +159,11 @@ def largest_parameter(architecture: Architecture) -> int:
     return 2 * a.hidden_size * max(a.vocab_size, 2 * a.intermediate_size, qkv)
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
 def measure(layout: str, args: argparse.Namespace) -> dict[str, Any]:
     """Figures of one layout of the sender."""
     world = LAYOUTS[layout].tensor * LAYOUTS[layout].pipeline
@@ -181,7 +187,7 @@ def measure(layout: str, args: argparse.Namespace) -> dict[str, Any]:
             common = [sys.executable, str(Path(__file__)), "--layout", layout, "--port", line.strip()]
             for name in ("vocab", "hidden", "layers", "bucket_mib", "repeats"):
                 common += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-            place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.master_port)}
+            place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
             for rank in range(world):
                 environment = os.environ | quiet | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 ranks.append(subprocess.Popen(common, env=environment, stdout=subprocess.PIPE, text=True))
@@ -212,7 +218,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed syncs, after one that is not")
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
     parser.add_argument("--python", default=".venv-vllm/bin/python", help="interpreter of vLLM's environment")
-    parser.add_argument("--master-port", type=int, default=29583)
     parser.add_argument("--json", metavar="PATH", help="also write the last line's JSON object here")
     parser.add_argument("--layout", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
