@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 PAD, END = "<pad>", "<end>"
+GROUP = 8  # answers to a prompt in the GRPO comparison
+UPDATES_PER_BATCH = 2  # there, of the same samples
 
 
 @dataclass(frozen=True)
@@ -106,3 +108,13 @@ def random_rows(names: dict[str, Lengths], count: int, vocab_size: int, seed: in
 def read_rows(spec: Spec) -> list[dict[str, list[int]]]:
     """Token ids in training order, by part (`prompt`, `response` or `chosen` and `rejected`)."""
     return json.loads(Path(spec.rows_file).read_text())
+
+
+def answers_of(row: dict[str, list[int]]) -> list[list[int]]:
+    """The answers of a group, in order."""
+    return [row[f"answer{number}"] for number in range(GROUP)]
+
+
+def rewards_of(row: dict[str, list[int]]) -> list[float]:
+    """Rewards of a group's answers: arbitrary, but fixed and never all the same."""
+    return [1.0, 0.0] + [float(sum(answer) % 2) for answer in answers_of(row)[2:]]

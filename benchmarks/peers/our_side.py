@@ -49,13 +49,13 @@ def _shares(spec: Spec) -> bool:
     return bool(spec.options.get("share", True))
 
 
-def _as_padded(spec: Spec, items: list[Item]) -> list[Item]:
+def as_padded(spec: Spec, items: list[Item]) -> list[Item]:
     return pad_to_longest(items, int(spec.options["pad"])) if "pad" in spec.options else items
 
 
-def _pack_rows(spec: Spec, items: list[Item]) -> int:
+def required_pack_rows(spec: Spec, items: list[Item]) -> int:
     """The specification's, or what the longest item takes where parts were taken away."""
-    return max(spec.pack_rows, longest_item(_as_padded(spec, items), _shares(spec)))
+    return max(spec.pack_rows, longest_item(as_padded(spec, items), _shares(spec)))
 
 
 def sft_worker(spec: Spec, turn: Turn) -> None:
@@ -65,7 +65,7 @@ def sft_worker(spec: Spec, turn: Turn) -> None:
         ids = torch.tensor(row["prompt"] + row["response"])
         mask = torch.arange(len(ids)) >= len(row["prompt"])
         items.append(Item("sequence", [TokenSequence(ids, mask)], id=str(index)))
-    config = SftConfig(**configuration(spec, _pack_rows(spec, items)), sft={"normalisation": "token_mean"})
+    config = SftConfig(**configuration(spec, required_pack_rows(spec, items)), sft={"normalisation": "token_mean"})
     run = training_run.open_run(config, "sft")
     trainer = training_run.make_trainer(run, total_steps=spec.steps)
     turn.report(rss=current_rss())
@@ -88,7 +88,8 @@ def dpo_worker(spec: Spec, turn: Turn) -> None:
     ]
     kind = str(spec.options.get("reference", "cached"))
     config = DpoConfig(
-        **configuration(spec, _pack_rows(spec, items)), dpo={"kind": "dpo", "beta": spec.beta, "reference": kind}
+        **configuration(spec, required_pack_rows(spec, items)),
+        dpo={"kind": "dpo", "beta": spec.beta, "reference": kind},
     )
     run = training_run.open_run(config, "dpo")
     trainer = training_run.make_trainer(run, total_steps=spec.steps)
@@ -135,7 +136,7 @@ def _train(
     """One optimizer step per turn, as the stages take them."""
     if spec.options.get("head") == "full":
         use_full_logits()
-    loader = training_run.make_loader(run, _as_padded(spec, items), pad_id=0)
+    loader = training_run.make_loader(run, as_padded(spec, items), pad_id=0)
     for _ in range(spec.steps):
         turn.wait()
         data = loader.next_step()

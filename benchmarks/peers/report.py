@@ -17,6 +17,7 @@ MIB = 1 << 20
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "megatron-core", "tulu_hpc", "numpy")
 # Losses of two contestants on the same batches may differ by this, relatively: rounding in fp32, grown over some steps.
 LOSS_TOLERANCE = 1e-4
+LOGPROB_TOLERANCE = 1e-4  # of the mean over a batch's trained tokens, where contestants report it
 GOAL_MEMORY = 0.6
 
 
@@ -78,6 +79,12 @@ def compare(ours: Outcome, other: Outcome, setting: Setting, warmup: int, batch:
     if not all(each <= LOSS_TOLERANCE for each in differences):  # also where one is NaN
         shown = ", ".join(f"{each:.1e}" for each in differences)
         raise RuntimeError(f"losses differ by {shown}: ours {losses}, {setting.name} {others}")
+    if "logprob" in ours.steps[0] and not all(
+        abs(a - b) <= LOGPROB_TOLERANCE for a, b in zip(ours.series("logprob"), other.series("logprob"), strict=True)
+    ):
+        raise RuntimeError(
+            f"mean log-probs differ: ours {ours.series('logprob')}, {setting.name} {other.series('logprob')}"
+        )
     timed = list(zip(ours.steps, other.steps, strict=True))[warmup:]
     ratios = sorted(b["seconds"] / a["seconds"] for a, b in timed)
     return found | {

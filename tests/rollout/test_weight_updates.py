@@ -19,7 +19,7 @@ from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.models.names import hf_shapes
 from tulu_hpc.rollout.engine import EngineError
 from tulu_hpc.rollout.vllm import VllmEngine
-from tulu_hpc.rollout.weight_sync import buckets
+from tulu_hpc.rollout.weight_sync import Bucket, buckets
 
 PLUGIN = Path(__file__).parents[2] / "tulu_hpc" / "rollout" / "vllm_plugin" / "tulu_hpc_vllm"
 
@@ -70,6 +70,22 @@ def test_buckets_hold_one_tensor_at_a_time() -> None:
 
     sizes = [bucket.content.numel() for bucket in buckets(tensors(), 4096)]
     assert sizes == [4096] * 10
+
+
+def test_a_bucket_lasts_while_the_next_is_packed() -> None:
+    """It is being sent at that time."""
+    tensors = [(str(number), torch.full((10,), float(number))) for number in range(9)]
+    stream = buckets(iter(tensors), 80)
+    bucket: Bucket | None = next(stream)
+    seen = 0
+    while bucket is not None:
+        following = next(stream, None)
+        values = bucket.content.view(torch.float32)
+        assert [float(part[0]) for part in values.split(10)] == [float(name) for name, _, _ in bucket.metadata]
+        assert [part.numel() for part in bucket.parts()] == [40] * len(bucket.metadata)
+        seen += len(bucket.metadata)
+        bucket = following
+    assert seen == 9
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -159,19 +159,27 @@ def read_local(
 
 
 def merge_shards(mapped: Mapping, shards: list[Tensor], architecture: Architecture) -> list[Tensor]:
-    """The Hugging Face tensors of a parameter from its tensor-parallel shards; the inverse of `read_local`."""
+    """The Hugging Face tensors of a parameter from its tensor-parallel shards; the inverse of `read_local`.
+
+    They may be views of a single shard.
+    """
     a = architecture
     if mapped.kind == "whole":
         return [shards[0]]
     if mapped.kind == "vocab":
-        return [torch.cat(shards)[: a.vocab_size]]
+        return [_joined(shards)[: a.vocab_size]]
     if mapped.kind == "columns":
-        return [torch.cat(shards, dim=1)]
+        return [_joined(shards, dim=1)]
     if mapped.kind == "gate_up":
         halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[i] for half in halves]) for i in range(2)]
-    grouped = torch.cat(shards).view(a.num_key_value_heads, sum(qkv_widths(a)), a.hidden_size)
+        return [_joined([half[i] for half in halves]) for i in range(2)]
+    grouped = _joined(shards).view(a.num_key_value_heads, sum(qkv_widths(a)), a.hidden_size)
     return [part.reshape(-1, a.hidden_size) for part in grouped.split(list(qkv_widths(a)), dim=1)]
+
+
+def _joined(shards: list[Tensor], dim: int = 0) -> Tensor:
+    """`torch.cat` that does not copy a single tensor."""
+    return shards[0] if len(shards) == 1 else torch.cat(shards, dim=dim)
 
 
 def qkv_widths(a: Architecture) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ paused until a later one has come through.
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import uuid
 from collections.abc import Iterable, Sequence
@@ -41,11 +42,15 @@ class Bucket:
 
     Attributes:
         metadata: name, dtype and shape of each.
-        content: uint8, only valid until the next bucket is asked for.
+        content: uint8, valid until the bucket after the next is asked for.
     """
 
     metadata: list[tuple[str, torch.dtype, tuple[int, ...]]]
     content: Tensor
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """The bytes of each tensor, views of `content`."""
+        return self.content.split([math.prod(shape) * dtype.itemsize for _, dtype, shape in self.metadata])
 
     def announcement(self) -> dict[str, Any]:
         """Body of /update_weights."""
@@ -61,15 +66,17 @@ class Bucket:
 def buckets(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterable[Bucket]:
     """Pack tensors (on the host) into buckets of at most `limit` bytes; a larger tensor is a bucket of its own.
 
-    Beside the tensor at hand only one buffer of `limit` bytes is held.
+    Beside the tensor at hand two buffers of `limit` bytes are held, so that one bucket can be packed while another is
+    being sent.
     """
-    buffer = torch.empty(limit, dtype=torch.uint8)
+    buffer, other = torch.empty(limit, dtype=torch.uint8), torch.empty(limit, dtype=torch.uint8)
     metadata: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     used = 0
     for name, tensor in tensors:
         content = tensor.detach().contiguous().view(-1).view(torch.uint8)
         if metadata and used + content.numel() > limit:
             yield Bucket(metadata, buffer[:used])
+            buffer, other = other, buffer
             metadata, used = [], 0
         entry, size = (name, tensor.dtype, tuple(tensor.shape)), content.numel()
         if size > limit:
@@ -182,9 +189,9 @@ class Channel:
                 await self._until(lambda: self._ready() >= (self._sent + 1) * self._workers, announced)
                 options = dist.BroadcastOptions()
                 options.rootRank = 0
-                work = self._group.broadcast([bucket.content], options)
-                await self._until(work.is_completed, announced)
-                work.wait()
+                for work in [self._group.broadcast([part], options) for part in bucket.parts()]:
+                    await self._until(work.is_completed, announced)
+                    work.wait()
             self._sent += 1
             await announced
         except (RuntimeError, TimeoutError) as error:
@@ -243,10 +250,24 @@ async def push_gloo(
     problems: list[str | None] = [None] * len(channels)
 
     await _every(channels, problems, Channel.begin)
-    for bucket in buckets(tensors, bucket_bytes):
+    # The next bucket is gathered and packed in a thread while this one is sent.
+    stream = iter(buckets(tensors, bucket_bytes))
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def advance() -> Bucket | None:
+        if device is not None:  # which device is current is a matter of each thread
+            torch.cuda.set_device(device)
+        return next(stream, None)
+
+    bucket = advance() if None in problems else None
+    while bucket is not None:
+        following = asyncio.create_task(asyncio.to_thread(advance))
+        try:
+            await _every(channels, problems, lambda channel, bucket=bucket: channel.send(bucket))
+        finally:
+            bucket = await following  # before anyone else touches the stream
         if None not in problems:
             break
-        await _every(channels, problems, lambda channel, bucket=bucket: channel.send(bucket))
     await _every(channels, problems, lambda channel: channel.finish(version))
     return problems
 

@@ -112,9 +112,12 @@ class GlooEngine(WeightTransferEngine):
         self._store.add(f"{self._key}/ready", 1)  # only now may the trainer send: a refused bucket leaves no trace
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        self._group.broadcast([buffer], options).wait()
-        parts = zip(update_info.names, buffer.split(sizes), dtypes, update_info.shapes, strict=True)
-        self.model.load_weights([(name, part.view(dtype).view(shape)) for name, part, dtype, shape in parts])
+        # One broadcast per tensor, all of them under way at once: a tensor is loaded while the next ones arrive.
+        arriving = [(part, self._group.broadcast([part], options)) for part in buffer.split(sizes)]
+        parts = zip(update_info.names, arriving, dtypes, update_info.shapes, strict=True)
+        for name, (part, work), dtype, shape in parts:
+            work.wait()
+            self.model.load_weights([(name, part.view(dtype).view(shape))])
 
     def _load_file(self, path: str, names: list[str]) -> None:
         with safe_open(path, framework="pt") as file:

@@ -1,0 +1,248 @@
+"""Weight sync over gloo beside a bare gloo broadcast of the same bytes, between processes over loopback.
+
+    python benchmarks/rollout/weight_sync.py                                 # 4.5 GB of bf16; needs 12 GB of memory
+    python benchmarks/rollout/weight_sync.py --layers 2 --hidden 256 --vocab 1000 --bucket-mib 1  # checks the machinery
+
+The sender is a real megatron model at tp 1 and at tp 2 x pp 2, streamed as in training; the receiver is the plugin's
+own class in vLLM's environment, loading into resident memory. Bare broadcasts have the size of a bucket, go over the
+same connection, and alternate with the syncs. Extra memory is the peak of a rank's anonymous memory during a sync over
+what it had before the first one (its shard, Python and libraries).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tulu_hpc.config.architecture import Architecture
+from tulu_hpc.models.build import build_model
+from tulu_hpc.models.convert import iter_hf_tensors
+from tulu_hpc.models.names import hf_shapes
+from tulu_hpc.parallel.layout import Layout, initialize
+from tulu_hpc.rollout.http import Address, request
+from tulu_hpc.rollout.weight_sync import Channel, push_gloo
+
+LAYOUTS = {"tp1": Layout(), "tp2 pp2": Layout(tensor=2, pipeline=2)}
+GOAL_RATIO, GOAL_MEMORY = 0.8, 3.0
+SECONDS = 300.0
+
+
+class AnonymousPeak:
+    """Peak of this process's anonymous resident memory while the context lasts, sampled every 2 ms. Bytes."""
+
+    def __enter__(self) -> AnonymousPeak:
+        self.peak, self._end = anonymous(), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._end.wait(0.002):
+            self.peak = max(self.peak, anonymous())
+
+    def __exit__(self, *args: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+def anonymous() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError("no RssAnon in /proc/self/status")
+
+
+def sender(args: argparse.Namespace) -> None:
+    """One rank of the trainer; rank 0 prints the figures."""
+    torch.set_num_threads(1)
+    groups = initialize(LAYOUTS[args.layout], seed=1)
+    architecture = architecture_of(args)
+    models = build_model(architecture, groups, dtype=torch.bfloat16, device="cpu")
+    fill(models)
+    total = sum(torch.Size(shape).numel() * 2 for shape in hf_shapes(architecture).values())
+    expected = 0
+    for _, tensor in iter_hf_tensors(models, architecture, groups):  # also warms up the groups' connections
+        if tensor is not None:
+            expected += int(tensor.contiguous().view(torch.int16).sum(dtype=torch.int64))
+    del tensor
+    before = anonymous()
+    channel = Channel(Address("127.0.0.1", args.port), SECONDS)
+    bare, syncs, peaks = [], [], []
+    for version in range(args.repeats + 1):
+        with AnonymousPeak() as memory:
+            dist.barrier()
+            started = time.perf_counter()
+            stream = iter_hf_tensors(models, architecture, groups)
+            if groups.is_main:
+                whole = ((name, each) for name, each in stream if each is not None)
+                problems = asyncio.run(push_gloo([channel], whole, version, args.bucket_mib << 20))
+                if problems != [None]:
+                    raise RuntimeError(str(problems))
+            for _ in stream:
+                pass
+            syncs.append(time.perf_counter() - started)
+            peaks.append(memory.peak)
+        if groups.is_main:
+            bare.append(asyncio.run(bare_broadcast(channel, total, args.bucket_mib << 20)))
+    peaks = groups.all_gather_object(max(max(peaks), memory.peak) - before)
+    shards = groups.all_gather_object(sum(p.numel() * p.element_size() for m in models for p in m.parameters()))
+    if groups.is_main:
+        received = asyncio.run(request(channel.address, "GET", "/sum", seconds=SECONDS))["sum"]
+        if received != expected:
+            raise RuntimeError(f"the receiver's weights add up to {received}, not {expected}")
+        figures = {"sync_seconds": syncs[1:], "bare_seconds": bare[1:], "bytes": total, "extra": peaks}
+        print(json.dumps(figures | {"shards": shards, "largest": largest_parameter(architecture)}), flush=True)
+    dist.barrier()
+    os._exit(0)  # gloo's threads need no farewell
+
+
+async def bare_broadcast(channel: Channel, total: int, bucket: int) -> float:
+    """Seconds of broadcasting `total` bytes from one buffer to one buffer, nothing else."""
+    content = torch.ones(bucket, dtype=torch.uint8)
+    told = asyncio.create_task(request(channel.address, "POST", "/bare", {"bytes": total}, seconds=SECONDS))
+    await asyncio.sleep(0.2)  # the receiver waits by then, so only the transfer is timed
+    options = dist.BroadcastOptions()
+    options.rootRank = 0
+
+    def send() -> float:
+        started, left = time.perf_counter(), total
+        while left > 0:
+            channel._group.broadcast([content[: min(bucket, left)]], options).wait()
+            left -= bucket
+        return time.perf_counter() - started
+
+    seconds = await asyncio.to_thread(send)
+    await told
+    return seconds
+
+
+def fill(models: Any) -> None:
+    """Random bits that are finite bf16, from a short template: quick, and no two neighbours are alike."""
+    template = torch.randn(1_000_003, generator=torch.Generator().manual_seed(dist.get_rank())).bfloat16()
+    with torch.no_grad():
+        for model in models:
+            for parameter in model.parameters():
+                for part in parameter.view(-1).split(template.numel()):
+                    part.copy_(template[: part.numel()])
+
+
+def architecture_of(args: argparse.Namespace) -> Architecture:
+    return Architecture(
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        intermediate_size=4 * args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+    )
+
+
+def largest_parameter(architecture: Architecture) -> int:
+    """Bytes of the largest parameter as the trainer holds it (gate and up are one), all shards together."""
+    a = architecture
+    qkv = (a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_dim
+    return 2 * a.hidden_size * max(a.vocab_size, 2 * a.intermediate_size, qkv)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def measure(layout: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one layout of the sender."""
+    world = LAYOUTS[layout].tensor * LAYOUTS[layout].pipeline
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "config.json"
+        config.write_text(json.dumps({"model_type": "llama", **architecture_of(args).to_hf()}))
+        quiet = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "CUDA_VISIBLE_DEVICES": ""}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        receiver = subprocess.Popen(
+            [args.python, str(Path(__file__).with_name("receiver.py")), str(config), str(args.bucket_mib << 20)],
+            env=clean | quiet,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        ranks: list[subprocess.Popen[str]] = []
+        try:
+            assert receiver.stdout is not None
+            line = next((each for each in receiver.stdout if each.strip().isdigit()), None)
+            if line is None:
+                raise SystemExit(f"the receiver in {args.python} ended with code {receiver.wait()}")
+            common = [sys.executable, str(Path(__file__)), "--layout", layout, "--port", line.strip()]
+            for name in ("vocab", "hidden", "layers", "bucket_mib", "repeats"):
+                common += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+            place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            for rank in range(world):
+                environment = os.environ | quiet | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                ranks.append(subprocess.Popen(common, env=environment, stdout=subprocess.PIPE, text=True))
+            outputs = [each.communicate(timeout=SECONDS)[0] for each in ranks]
+            if any(each.returncode for each in ranks):
+                raise SystemExit(f"{layout}: ranks ended with {[each.returncode for each in ranks]}")
+            found = json.loads(outputs[0].splitlines()[-1])
+        finally:
+            for process in (*ranks, receiver):
+                process.kill()
+                process.wait()
+    ratios = [b / s for b, s in zip(found["bare_seconds"], found["sync_seconds"], strict=True)]
+    unit = max(args.bucket_mib << 20, found["largest"])
+    found |= {"ratio": statistics.median(ratios), "ratios": ratios, "unit": unit}
+    found["memory"] = [extra / unit for extra in found["extra"]]
+    found["gb_per_second"] = found["bytes"] / 1e9 / statistics.median(found["sync_seconds"])
+    found["bare_gb_per_second"] = found["bytes"] / 1e9 / statistics.median(found["bare_seconds"])
+    found["met"] = found["ratio"] >= GOAL_RATIO and max(found["memory"]) <= GOAL_MEMORY
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--vocab", type=int, default=128256)
+    parser.add_argument("--bucket-mib", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3, help="timed syncs, after one that is not")
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
+    parser.add_argument("--python", default=".venv-vllm/bin/python", help="interpreter of vLLM's environment")
+    parser.add_argument("--json", metavar="PATH", help="also write the last line's JSON object here")
+    parser.add_argument("--layout", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.layout:
+        sender(args)
+        return
+    results = {}
+    for layout in args.layouts:
+        found = results[layout] = measure(layout, args)
+        print(
+            f"{layout}: {found['bytes'] / 1e9:.2f} GB, sync {found['gb_per_second']:.2f} GB/s, "
+            f"bare broadcast {found['bare_gb_per_second']:.2f} GB/s, ratio {found['ratio']:.2f} (goal {GOAL_RATIO}); "
+            f"extra memory by rank, in units of {found['unit'] / 2**20:.0f} MiB: "
+            f"{', '.join(f'{each:.2f}' for each in found['memory'])} (goal {GOAL_MEMORY:.0f}): "
+            f"{'met' if found['met'] else 'MISSED'}",
+            flush=True,
+        )
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    result = {"benchmark": "weight_sync", "layouts": results, "versions": versions, "load_average": os.getloadavg()}
+    line = json.dumps(result)
+    if args.json:
+        Path(args.json).write_text(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()
