@@ -28,7 +28,7 @@ from tulu_hpc.data.packed_batch import Item, PackedBatch, TokenSequence, pack
 from tulu_hpc.data.readout import with_readout
 from tulu_hpc.data.tokenizer import load_tokenizer, train_tokenizer
 from tulu_hpc.models.convert import iter_hf_tensors
-from tulu_hpc.stages import rlvr, rlvr_step, rlvr_values, training_run
+from tulu_hpc.stages import rlvr, rlvr_sampling, rlvr_step, rlvr_values, training_run
 from tulu_hpc.training.step import StepResult, train_step
 from tulu_hpc.training.trainer import Trainer
 
@@ -66,7 +66,7 @@ def _watched_step(config: RlvrConfig) -> dict[str, Any]:
     """A first step; before the first update of either model its weights are changed, as earlier minibatches would, and
     loss and gradient taken."""
     seen: dict[str, Any] = {}
-    score, build = rlvr_step.score_rollouts, rlvr.build
+    score, build = rlvr_sampling.score_rollouts, rlvr.build
 
     def watched_build(*arguments: Any) -> Any:
         learner = build(*arguments)
@@ -97,7 +97,7 @@ def _watched_step(config: RlvrConfig) -> dict[str, Any]:
 
         return step
 
-    rlvr.build, rlvr_step.score_rollouts = watched_build, watched_score
+    rlvr.build, rlvr_sampling.score_rollouts = watched_build, watched_score
     rlvr_step.train_step, rlvr_values.train_step = watch("policy"), watch("value")
     rlvr.run(config)
     return seen

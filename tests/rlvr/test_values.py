@@ -88,7 +88,7 @@ def test_columns_travel_by_answer(tmp_path: Path) -> None:
     config = ppo_config(tmp_path, tmp_path / "r", rlvr__samples_per_prompt=3, train__pack_rows=5)
     record = RlvrRecord([Message("user", "a")], ["1"], ["gsm8k"], "s", "id")
     answers = [Completion(list(range(1, 2 + size)), [-1.0] * (1 + size), "stop", 1, 0) for size in range(3)]
-    group = Group(4, Prompt([5, 6, 7], record), answers, [10.0, 0.0, -10.0], None)
+    group = Group(4, Prompt([5, 6, 7], record), answers, [10.0, 0.0, 0.0], [10.0, 0.0, -10.0], None)
     rewards = {12: torch.zeros(1), 13: torch.ones(2), 14: torch.tensor([2.0, 3.0, 4.0])}
     items = rlvr_values._value_items(config, [group], rewards)
     assert items[0][0] == 4 and items[0][1].per_sequence["sample"] == [12.0, 13.0, 14.0]

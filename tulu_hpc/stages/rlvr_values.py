@@ -175,7 +175,7 @@ def reward_columns(config: RlvrConfig, packs: Sequence[PackedBatch]) -> tuple[di
     estimates = []
     for pack in packs:
         in_reward = rlvr.kl_in == "reward" and rlvr.kl_coef > 0
-        old = "old_logprobs" if rlvr.old_logprobs == "trainer" else "behaviour_logprobs"
+        old = "old_logprobs" if rlvr.uses_own_logprobs else "behaviour_logprobs"
         rewards_K, kl_K = token_rewards(
             pack.per_sequence["reward"],
             sequence_offsets(pack.sequence_id_K, pack.num_sequences),
