@@ -312,7 +312,7 @@ def test_kills_soak(
 
 
 def test_a_checkpoint_without_value_model_is_not_resumed(inputs: Path, tmp_path: Path) -> None:
-    config = ppo_config(inputs, tmp_path / "run")
+    config = ppo_config(inputs, tmp_path / "run", train__async_save=False)  # saved when it dies
 
     def lose(config: RlvrConfig) -> None:
         rlvr.Learner.partners = property(lambda self: [])  # type: ignore[assignment]  # of this forked process only
