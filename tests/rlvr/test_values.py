@@ -14,7 +14,7 @@ from tests.rlvr.tiny_rlvr import rlvr_config
 from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.sections import ParallelSection
 from tulu_hpc.data.datasets import Prompt
-from tulu_hpc.data.packed_batch import pack
+from tulu_hpc.data.packed_batch import Item, TokenSequence, pack
 from tulu_hpc.data.records import Message, RlvrRecord
 from tulu_hpc.objectives.value import sequence_offsets, token_advantages, token_rewards, value_terms
 from tulu_hpc.parallel.layout import Layout
@@ -101,6 +101,31 @@ def test_columns_travel_by_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "old"),
+    [
+        ({"rlvr__old_logprobs": "engine"}, -1.0),
+        ({"rlvr__old_logprobs": "trainer"}, -2.0),
+        ({"rlvr__old_logprobs": "engine", "rlvr__importance": "token"}, -2.0),
+    ],
+)
+def test_kl_in_the_reward_is_that_of_the_ratios_denominator(
+    tmp_path: Path, changes: dict[str, Any], old: float
+) -> None:
+    config = ppo_config(tmp_path, tmp_path / "r", rlvr__kl_coef=0.5, **changes)
+    columns = {"behaviour_logprobs": -1.0, "old_logprobs": -2.0, "reference_logprobs": -4.0}
+    item = Item(
+        "group",
+        [TokenSequence(torch.tensor([1, 2]))],
+        prompt=torch.tensor([5, 6]),
+        per_sequence={"reward": [10.0], "sample": [3.0]},
+        per_target={name: [torch.full((2,), value)] for name, value in columns.items()},
+    )
+    rewards, (kl,) = rlvr_values.reward_columns(config, [pack([item])])
+    assert kl.tolist() == [old + 4] * 2
+    assert rewards[3].tolist() == [-0.5 * (old + 4), 10 - 0.5 * (old + 4)]
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"rlvr__kind": "grpo", "rlvr__samples_per_prompt": 1, "rlvr__kl_in": "loss"}, "at least 2"),
@@ -108,6 +133,7 @@ def test_columns_travel_by_answer(tmp_path: Path) -> None:
         ({"rlvr__kind": "grpo", "rlvr__samples_per_prompt": 2, "rlvr__kl_in": "loss"}, "value model belongs to"),
         ({"rlvr__dual_clip": 1.0}, "greater than 1"),
         ({"rlvr__advantage": "centered"}, "ppo has a value model"),
+        ({"rlvr__dynamic_sampling": True}, "under ppo every answer teaches"),
         ({"value__lam": 1.5}, "less than or equal to 1"),
         ({"value__clip": 0.0}, "greater than 0"),
         ({"value__model": {"path": "x", "fp32_head": True}}, "scalar head computes in fp32"),

@@ -106,6 +106,8 @@ class RlvrSection(Section):
         kind = self.kind
         if kind == "ppo" and self.advantage != "standard":
             raise ValueError(f"advantage: {self.advantage} compares answers of a group; ppo has a value model for that")
+        if kind == "ppo" and self.dynamic_sampling:
+            raise ValueError("dynamic_sampling replaces groups that teach nothing; under ppo every answer teaches")
         if kind != "ppo" and self.samples_per_prompt < 2:
             raise ValueError(f"{kind} compares the answers to a prompt: samples_per_prompt must be at least 2")
         if kind != "ppo" and self.kl_in == "reward":
