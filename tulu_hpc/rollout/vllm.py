@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,14 +78,20 @@ class VllmEngine:
         self.bucket_bytes = bucket_bytes
         self.stats = GenerationStats()
         self.retries = 0  # attempts that failed and were made again
+        self.updating = False  # weights are being sent: a server may be slow to answer, and is not asked
         self._remotes = [_Remote(address) for address in addresses]
         self._channels = {address: Channel(address, sync_timeout_seconds) for address in addresses}
         self._free: asyncio.Condition
 
     # Generation
 
-    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    async def generate(
+        self, requests: Sequence[Request], finished: Callable[[int, Completion], None] | None = None
+    ) -> list[Completion]:
         """Completions in the order of the requests.
+
+        Args:
+            finished: told of each completion, with the place of its request, as soon as it is there.
 
         Raises:
             ValueError: a request that the servers cannot serve as it is meant.
@@ -102,6 +108,8 @@ class VllmEngine:
                 remote.dead.set()
         probes = [asyncio.create_task(self._watch(remote)) for remote in self._remotes if remote.alive]
         tasks = [asyncio.create_task(self._complete(each)) for each in requests]
+        for place, task in enumerate(tasks):
+            task.add_done_callback(lambda ended, place=place: _tell(ended, place, finished))
         try:
             if tasks:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -119,6 +127,41 @@ class VllmEngine:
             assert failure is not None
             raise failure
         return [completions[index] for index in range(len(requests))]
+
+    async def generate_stream(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Completion]]:
+        """Each completion with the place of its request, as soon as it is there.
+
+        Raises:
+            ValueError, ServersLostError, EngineError: as `generate`, after what came before has been handed out.
+        """
+        ended = object()
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        whole = asyncio.create_task(self.generate(requests, lambda *found: queue.put_nowait(found)))
+        whole.add_done_callback(lambda _: queue.put_nowait(ended))
+        try:
+            while (found := await queue.get()) is not ended:
+                yield found
+            await whole
+        finally:  # also when the caller has had enough
+            whole.cancel()
+            await asyncio.gather(whole, return_exceptions=True)
+
+    async def generate_groups(
+        self, requests: Sequence[Request], size: int
+    ) -> AsyncIterator[tuple[int, list[Completion]]]:
+        """The same for groups of `size` requests that follow each other: each group once all its answers are there.
+
+        Raises:
+            ValueError: the requests are no whole number of groups; and as `generate`.
+        """
+        if size < 1 or len(requests) % size:
+            raise ValueError(f"{len(requests)} requests are no groups of {size}")
+        groups: dict[int, dict[int, Completion]] = {}
+        async for place, completion in self.generate_stream(requests):
+            group = groups.setdefault(place // size, {})
+            group[place % size] = completion
+            if len(group) == size:
+                yield place // size, [found for _, found in sorted(groups.pop(place // size).items())]
 
     def _check(self, each: Request) -> None:
         sampling = each.sampling
@@ -240,7 +283,7 @@ class VllmEngine:
         failures = 0
         while failures < 2:
             await asyncio.sleep(self.probe_seconds)
-            if remote.in_flight == 0:
+            if remote.in_flight == 0 or self.updating:
                 continue
             try:
                 await probe(remote.address, self.probe_seconds)
@@ -339,6 +382,11 @@ class VllmEngine:
                 return str(server.address)
 
         return [each for each in await asyncio.gather(*map(one, self.own)) if each]
+
+
+def _tell(ended: asyncio.Task[Completion], place: int, finished: Callable[[int, Completion], None] | None) -> None:
+    if finished is not None and not ended.cancelled() and ended.exception() is None:
+        finished(place, ended.result())
 
 
 def logprobs_problem(mode: LogprobsMode, temperature: float, top_p: float) -> str | None:
