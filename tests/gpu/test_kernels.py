@@ -123,3 +123,4 @@ class TestGaeAndValueLoss:
 class TestRope:
     test_against_the_definition = staticmethod(rope.test_against_the_definition)
     test_rows_do_not_depend_on_their_place = staticmethod(rope.test_rows_do_not_depend_on_their_place)
+    test_grouped_views_of_a_fused_projection = staticmethod(rope.test_grouped_views_of_a_fused_projection)
