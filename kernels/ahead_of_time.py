@@ -4,7 +4,7 @@
 
 A family's `triton_kernels.py` lists what to compile in `ahead_of_time() -> list[Case]`. Not to be run
 under TRITON_INTERPRET. Exit code 1 when a case fails the gate: it does not compile, spills more than
-`SPILLS_ALLOWED` says, or multiplies matrices without its architecture's tensor-core instruction.
+`spills_allowed` says, or multiplies matrices without its architecture's tensor-core instruction.
 """
 
 import argparse
@@ -23,16 +23,42 @@ from tulu_hpc.kernels.triton_support import interpreting
 
 ARCHITECTURES = (80, 90, 100)
 TENSOR_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-# fp32 attention multiplies without tensor cores, and each thread holds whole rows of both operands.
+# case -> architecture -> bytes of stack per thread that are accepted, by any version of Triton.
+# fp32 attention multiplies without tensor cores, where each thread holds whole rows of both operands; at head dim 256
+# its tiles are the smallest there are. It serves comparisons in fp32; training in bf16 does not run it.
 _FP32_ATTENTION = {
-    "packed_attention/forward/d64_g4_fp32": {100: 8},
-    "packed_attention/query_gradient/d64_g4_fp32": {80: 256, 90: 264, 100: 264},
-    "packed_attention/key_gradient/d64_g4_fp32": {90: 336, 100: 320},
+    "packed_attention/forward/d64_g4_fp32": {80: 8},
+    "packed_attention/key_gradient/d64_g4_fp32": {80: 32, 90: 16, 100: 16},
+    "packed_attention/key_gradient/d128_g4_fp32": {90: 16, 100: 8},
+    "packed_attention/query_gradient/d256_g4_fp32": {80: 184, 90: 216, 100: 240},
+    "packed_attention/key_gradient_dk/d256_g4_fp32": {80: 200, 90: 208, 100: 208},
 }
-# (case, architecture) -> bytes of stack per thread that are accepted; each with its reason.
-SPILLS_ALLOWED: dict[tuple[str, int], int] = {
-    (case, architecture): stack for case, found in _FP32_ATTENTION.items() for architecture, stack in found.items()
+# Triton 3.6 alone, sm_80 and sm_100 alone: up to 18 registers, held in the L1 cache, with tiles that do not spill with
+# later versions nor on sm_90. Other tiles wait for a measurement on these GPUs.
+_TRITON_3_6 = {
+    "linear_logprob/grad_hidden/fp32/softcap": {100: 8},
+    "packed_attention/query_gradient/d64_g4": {100: 24},
+    "packed_attention/query_gradient/d64_g4_fp16": {100: 24},
+    "packed_attention/key_gradient/d64_g4": {80: 32},
+    "packed_attention/key_gradient/d64_g4_fp16": {80: 32},
+    "packed_attention/key_gradient/d64_g8_permuted": {80: 32},
+    "packed_attention/forward/d128_g4": {80: 72},
+    "packed_attention/forward/d128_g4_fp16": {80: 72},
+    "packed_attention/forward/d128_g8_permuted": {100: 16},
+    "packed_attention/key_gradient_dv/d256_g4": {100: 8},
+    "packed_attention/key_gradient_dv/d256_g4_fp16": {100: 8},
+    "packed_attention/key_gradient_dv/d256_g8_permuted": {100: 8},
 }
+
+
+def spills_allowed(case: str, architecture: int, triton_version: str) -> int:
+    """Bytes of stack per thread that the gate accepts; 0 unless listed with a reason."""
+    listed = dict(_FP32_ATTENTION)
+    if triton_version.startswith("3.6."):
+        listed |= _TRITON_3_6
+        if case.startswith("preference_loss/"):  # a stack frame of 8 bytes; these kernels use 80 registers at most
+            return 8
+    return listed.get(case, {}).get(architecture, 0)
 
 
 @dataclass(frozen=True)
@@ -117,7 +143,7 @@ def compile_case(case: Case, architecture: int) -> Result:
     result.registers, result.stack, code = _inspect(compiled.asm["cubin"])
     instruction = TENSOR_INSTRUCTION[architecture]
     result.tensor_instructions = len(re.findall(rf"\b{instruction}\b", code))
-    allowed = SPILLS_ALLOWED.get((case.name, architecture), 0)
+    allowed = spills_allowed(case.name, architecture, triton.__version__)
     if result.stack > allowed:
         result.problems.append(f"spills {result.stack} bytes per thread, allowed are {allowed}")
     if case.tensor_core and result.tensor_instructions == 0:

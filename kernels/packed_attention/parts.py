@@ -49,14 +49,14 @@ def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, *, backe
         out.copy_(out * first + part_out * second)
         lse.copy_(total)
         return
-    from tulu_hpc.kernels.packed_attention import triton_kernels
+    from tulu_hpc.kernels.packed_attention import triton_parts
 
     if not (out.is_contiguous() and lse.is_contiguous()):
         raise ValueError("out and lse must be contiguous")
     rows, heads, head_dim = out.shape
     if out.numel() == 0:
         return
-    triton_kernels.merge_kernel[(-(-rows // 16), heads)](
+    triton_parts.merge_kernel[(-(-rows // 16), heads)](
         *(out, lse, part_out.contiguous(), part_lse, rows, heads, *part_lse.stride()),
         HEAD_DIM=head_dim,
         BLOCK_D=1 << (head_dim - 1).bit_length(),
@@ -93,7 +93,7 @@ def sum_copies(
         # unsafe: the lengths are the plan's own; checking them would wait for the device in every layer.
         total = torch.segment_reduce(ordered, "sum", lengths=offsets.diff(), axis=0, unsafe=True, initial=0)
         return total.to(dtype)
-    from tulu_hpc.kernels.packed_attention import triton_kernels
+    from tulu_hpc.kernels.packed_attention import triton_parts
 
     if not part_CND.is_contiguous():
         raise ValueError("part must be contiguous")
@@ -102,7 +102,7 @@ def sum_copies(
     if out.numel() == 0:
         return out
     block = min(1024, 1 << (width - 1).bit_length())
-    triton_kernels.sum_copies_kernel[(rows, -(-width // block))](part_CND, order_C, offsets, out, width, BLOCK=block)
+    triton_parts.sum_copies_kernel[(rows, -(-width // block))](part_CND, order_C, offsets, out, width, BLOCK=block)
     return out
 
 

@@ -17,6 +17,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,16 @@ class VarlenCall:
     cu_key: Tensor | None = None
     copy_order: Tensor | None = None
     copy_offsets: Tensor | None = None
+
+    @cached_property
+    def most_queries(self) -> int:
+        """Rows of the longest entry."""
+        return max(self.query_lengths, default=0)
+
+    @cached_property
+    def most_keys(self) -> int:
+        """Keys of the entry with most."""
+        return max(self.key_lengths, default=0)
 
 
 @dataclass(eq=False)

@@ -40,14 +40,14 @@ def _options(plan: AttentionPlan, tile: Tile) -> dict[str, int | bool]:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
     """out [T, N, D] and log-sum-exp [T, N] in fp32; the tensors are contiguous."""
-    from tulu_hpc.kernels.packed_attention import triton_kernels
+    from tulu_hpc.kernels.packed_attention import triton_forward
 
     sizes = tiles(plan.head_dim, q.dtype, plan.key_order is not None)
     table = tables(plan, sizes)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     grid = (table.forward.shape[0], plan.heads)
     if table.forward.shape[0]:
-        triton_kernels.forward_kernel[grid](
+        triton_forward.forward_kernel[grid](
             *(q, k, v, out, lse, table.forward, _key_rows(table.key_rows, table.forward)),
             *(plan.heads, plan.kv_heads, scale * _LOG2_E),
             **_options(plan, sizes.forward),
@@ -59,7 +59,7 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: AttentionPlan, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, the same bits in every run; any output and log-sum-exp may be given."""
-    from tulu_hpc.kernels.packed_attention import triton_kernels
+    from tulu_hpc.kernels.packed_attention import triton_backward
 
     sizes = tiles(plan.head_dim, q.dtype, plan.key_order is not None)
     table = tables(plan, sizes)
@@ -68,7 +68,7 @@ def backward(
     levels, deltas = (q.new_empty((plan.heads, plan.num_queries), dtype=torch.float32) for _ in range(2))
     numbers = (plan.num_queries, plan.heads, plan.kv_heads, scale * _LOG2_E)
     if table.query_gradient.shape[0]:
-        triton_kernels.query_gradient_kernel[(table.query_gradient.shape[0], plan.heads)](
+        triton_backward.query_gradient_kernel[(table.query_gradient.shape[0], plan.heads)](
             *(grad, q, k, v, out, lse, dq, levels, deltas, table.query_gradient, key_rows),
             *numbers,
             **_options(plan, sizes.query_gradient),
@@ -77,7 +77,7 @@ def backward(
     shape = (max(table.slots, 1), 2, plan.kv_heads, options["BLOCK_N"], options["BLOCK_D"])
     partial = q.new_empty(shape if table.slots else 1, dtype=torch.float32)
     for which in sizes.key_passes if table.parts.shape[0] else []:
-        triton_kernels.key_gradient_kernel[(table.parts.shape[0], plan.kv_heads)](
+        triton_backward.key_gradient_kernel[(table.parts.shape[0], plan.kv_heads)](
             *(grad, q, k, v, levels, deltas, dk, dv, partial, table.parts, table.visits, key_rows),
             *numbers,
             **options,
@@ -85,7 +85,7 @@ def backward(
         )
     if table.slots:
         block_rows = min(16, sizes.key_gradient.keys)
-        triton_kernels.add_parts_kernel[(table.splits.shape[0], plan.kv_heads, sizes.key_gradient.keys // block_rows)](
+        triton_backward.add_parts_kernel[(table.splits.shape[0], plan.kv_heads, sizes.key_gradient.keys // block_rows)](
             *(partial, dk, dv, table.splits, key_rows, plan.kv_heads),
             **{name: options[name] for name in ("HEAD_DIM", "BLOCK_D", "BLOCK_N", "PERMUTED")},
             BLOCK_ROWS=block_rows,

@@ -54,15 +54,15 @@ class Tiles(NamedTuple):
 
 
 def tiles(head_dim: int, dtype: torch.dtype, permuted: bool) -> Tiles:
-    """Sizes without register spills on sm_80, sm_90 and sm_100 (the ahead-of-time gate compiles them).
+    """Sizes whose registers do not spill with bf16 and fp16, up to what `ahead_of_time.spills_allowed` lists.
 
-    With Triton 3.6 that holds for sm_90; on the other two some spill up to 72 bytes per thread.
     permuted: key rows are looked up in a table, which costs registers.
     """
-    if dtype == torch.float32:  # products without tensor cores, operands twice as wide
+    if dtype == torch.float32:  # products without tensor cores: each thread holds whole rows of both operands
+        small, large = Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)
         if head_dim > 128:
-            return Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), True)
-        return Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+            return Tiles(small, small, small, True)
+        return Tiles(large, small, small) if head_dim > 64 else Tiles(large, large, large)
     if head_dim > 128:
         return Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), True)
     if head_dim > 64:

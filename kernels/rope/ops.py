@@ -1,8 +1,11 @@
 """rope: the public function and the torch.library op under it.
 
-Shapes: T rows, N query heads, Nk key heads, D head dim, R rotated dims, P positions in a table.
+Shapes: T rows, N query heads, Nk key heads, G query heads to a key head, D head dim, R rotated dims, P positions in a
+table.
 """
 
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -31,7 +34,7 @@ def rope(
     a prompt restart after it. Computed in fp32 (fp64 for fp64). Dims beyond the rotated ones are copied.
 
     Args:
-        q_TND: [T, N, D].
+        q_TND: [T, N, D], or [T, Nk, G, D]: queries by key head, as a fused projection holds them. Any strides.
         k_TND: [T, Nk, D], of the same dtype and device.
         position_ids_T: int [T]. None with cos and sin of one row per token.
         frequencies: [R / 2] angular frequencies in radians per position, or (cos, sin): tables [P, R / 2] that
@@ -41,7 +44,7 @@ def rope(
         backend: "reference" or "triton"; None: triton on CUDA where it is installed (fp64: reference).
 
     Returns:
-        q and k turned, in their dtype.
+        q and k turned, contiguous, in their dtype and shape.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit; ids beyond a table are not checked on CUDA.
@@ -83,13 +86,28 @@ def rope_tables(position_ids_T: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tenso
 
 
 def _default(q_TND: Tensor) -> str:
-    usable = q_TND.is_cuda and q_TND.dtype != torch.float64 and triton_support.status() == USABLE
-    return "triton" if usable else "reference"
+    if not q_TND.is_cuda or q_TND.dtype == torch.float64:
+        return "reference"
+    return _default_on_cuda()
+
+
+@torch.compiler.assume_constant_result
+def _default_on_cuda() -> str:
+    status = triton_support.status()
+    if status != USABLE:
+        _say_plain(status)
+    return "triton" if status == USABLE else "reference"
+
+
+@functools.cache
+def _say_plain(reason: str) -> None:
+    """Once per reason."""
+    warnings.warn(f"{OP}: plain torch runs on CUDA, many launches instead of one, because {reason}", stacklevel=5)
 
 
 def _check(q_TND: Tensor, k_TND: Tensor, position_ids_T: Tensor | None) -> None:
-    for label, x in (("q", q_TND), ("k", k_TND)):
-        if x.dim() != 3 or x.shape[0] != q_TND.shape[0] or x.shape[-1] != q_TND.shape[-1]:
+    for label, x, dims in (("q", q_TND, (3, 4)), ("k", k_TND, (3,))):
+        if x.dim() not in dims or x.shape[0] != q_TND.shape[0] or x.shape[-1] != q_TND.shape[-1]:
             raise ValueError(
                 f"{label} is {list(x.shape)}, expected [T, heads, D] with T and D of q {list(q_TND.shape)}"
             )

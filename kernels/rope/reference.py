@@ -17,21 +17,28 @@ def tables(position_ids_T: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def rotate(x_TND: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """One tensor by cos, sin [T, R / 2], in fp32 (fp64 for fp64), in the dtype of x."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """One tensor [T, ..., D] by cos, sin [T, R / 2], in fp32 (fp64 for fp64), in the dtype of x and contiguous."""
     half = cos.shape[-1]
-    wide = torch.float64 if x_TND.dtype == torch.float64 else torch.float32
-    c, s = cos.to(wide)[:, None], sin.to(wide)[:, None]
-    turned = x_TND[..., : 2 * half].to(wide)
-    if interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
-    else:
-        first, second = turned[..., :half], turned[..., half:]
-    pair = (first * c - second * s, second * c + first * s)
-    out = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    return torch.cat((out.to(x_TND.dtype), x_TND[..., 2 * half :]), -1)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    per_row = len(cos), *(1,) * (x.dim() - 2), half
+    c, s = cos.to(wide).view(per_row), sin.to(wide).view(per_row)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    first, second = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    )
+    x1, x2 = x[..., first].to(wide), x[..., second].to(wide)
+    # In place where it can be, because on CPU every further temporary costs as much as the arithmetic.
+    for place, this, other, signed in ((first, x1, x2, -s), (second, x2, x1, s)):
+        if x.dtype == wide:
+            torch.mul(this, c, out=out[..., place]).addcmul_(other, signed)
+        else:
+            out[..., place] = (this * c).addcmul_(other, signed)
+    if 2 * half < x.shape[-1]:
+        out[..., 2 * half :] = x[..., 2 * half :]
+    return out
 
 
 def forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Both tensors."""
-    return rotate(q, cos, sin, interleaved).contiguous(), rotate(k, cos, sin, interleaved).contiguous()
+    return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)

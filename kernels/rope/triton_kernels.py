@@ -17,8 +17,8 @@ def _turn(
     sin,
     rows,
     row,
-    stride,
-    head,
+    place,
+    place_out,
     direction,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
@@ -27,23 +27,23 @@ def _turn(
     INTERLEAVED: tl.constexpr,
 ):
     real = (row < rows)[:, None]
-    base = row[:, None] * stride + head * HEAD_DIM
+    base, base_out = place[:, None], place_out[:, None]
     pair = tl.arange(0, BLOCK_HALF)[None, :]
     mask = real & (pair < HALF)
     c = tl.load(cos + row[:, None] * HALF + pair, mask=mask, other=0.0)
     s = tl.load(sin + row[:, None] * HALF + pair, mask=mask, other=0.0) * direction
     if INTERLEAVED:
-        first, second = base + 2 * pair, base + 2 * pair + 1
+        first, second = 2 * pair, 2 * pair + 1
     else:
-        first, second = base + pair, base + HALF + pair
-    a = tl.load(x + first, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x + second, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + first, (a * c - b * s).to(out.dtype.element_ty), mask=mask)
-    tl.store(out + second, (b * c + a * s).to(out.dtype.element_ty), mask=mask)
+        first, second = pair, HALF + pair
+    a = tl.load(x + base + first, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x + base + second, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + base_out + first, (a * c - b * s).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + base_out + second, (b * c + a * s).to(out.dtype.element_ty), mask=mask)
     if 2 * HALF < HEAD_DIM:
         rest = 2 * HALF + tl.arange(0, REST)[None, :]
         mask = real & (rest < HEAD_DIM)
-        tl.store(out + base + rest, tl.load(x + base + rest, mask=mask), mask=mask)
+        tl.store(out + base_out + rest, tl.load(x + base + rest, mask=mask), mask=mask)
 
 
 @triton.jit
@@ -57,6 +57,12 @@ def rope_kernel(
     rows,
     heads,
     kv_heads,
+    group,
+    q_row_stride,
+    q_group_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
     direction,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
@@ -67,27 +73,34 @@ def rope_kernel(
 ):
     """Grid (row tiles, N + Nk): q's heads, then k's. direction: 1 forward, -1 backward.
 
-    cos and sin are [rows, HALF] fp32, made once per pack for all layers.
+    Query head h is head h % group of group h // group. The results are contiguous. cos and sin are [rows, HALF] fp32,
+    made once per pack for all layers.
     """
     head = tl.program_id(1)
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     if head < heads:
-        stride = heads * HEAD_DIM
-        _turn(q, q_out, cos, sin, rows, row, stride, head, direction, HEAD_DIM, HALF, BLOCK_HALF, REST, INTERLEAVED)
+        place = row * q_row_stride + head // group * q_group_stride + head % group * q_head_stride
+        to = (row * heads + head) * HEAD_DIM
+        _turn(q, q_out, cos, sin, rows, row, place, to, direction, HEAD_DIM, HALF, BLOCK_HALF, REST, INTERLEAVED)
     else:
-        stride = kv_heads * HEAD_DIM
         head -= heads
-        _turn(k, k_out, cos, sin, rows, row, stride, head, direction, HEAD_DIM, HALF, BLOCK_HALF, REST, INTERLEAVED)
+        place = row * k_row_stride + head * k_head_stride
+        to = (row * kv_heads + head) * HEAD_DIM
+        _turn(k, k_out, cos, sin, rows, row, place, to, direction, HEAD_DIM, HALF, BLOCK_HALF, REST, INTERLEAVED)
 
 
 def ahead_of_time() -> list[Case]:
-    """bf16, head dims 64 and 128, both conventions."""
-    pointers = {"q": "*bf16", "k": "*bf16", "q_out": "*bf16", "k_out": "*bf16", "cos": "*fp32", "sin": "*fp32"}
+    """bf16, head dims 64, 128 and 256, both conventions; fp16 and fp32."""
+    kinds = [("bf16", dim, interleaved) for dim in (64, 128, 256) for interleaved in (False, True)]
+    kinds += [("fp16", 128, False), ("fp32", 128, False)]
+    pointers = ("q", "k", "q_out", "k_out", "cos", "sin")
+    strides = ("q_row_stride", "q_group_stride", "q_head_stride", "k_row_stride", "k_head_stride")
     return [
         Case(
-            f"rope/rope/d{head_dim}{'_interleaved' if interleaved else ''}",
+            f"rope/rope/d{head_dim}{'' if kind == 'bf16' else f'_{kind}'}{'_interleaved' if interleaved else ''}",
             rope_kernel,
-            {**pointers, "rows": "i32", "heads": "i32", "kv_heads": "i32", "direction": "fp32"},
+            {**dict.fromkeys(pointers[:4], f"*{kind}"), **dict.fromkeys(pointers[4:], "*fp32"), "direction": "fp32"}
+            | dict.fromkeys(("rows", "heads", "kv_heads", "group", *strides), "i32"),
             {
                 "HEAD_DIM": head_dim,
                 "HALF": head_dim // 2,
@@ -96,8 +109,7 @@ def ahead_of_time() -> list[Case]:
                 "BLOCK_ROWS": 16,
                 "INTERLEAVED": interleaved,
             },
-            aligned=[*pointers],
+            aligned=[*pointers, *strides],
         )
-        for head_dim in (64, 128)
-        for interleaved in (False, True)
+        for kind, head_dim, interleaved in kinds
     ]

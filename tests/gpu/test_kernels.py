@@ -19,6 +19,7 @@ from tests.kernels import linear_logprob_cases, policy_cases
 from tests.kernels import test_gae as gae
 from tests.kernels import test_linear_logprob as linear
 from tests.kernels import test_packed_attention as attention
+from tests.kernels import test_packed_attention_parts as attention_parts
 from tests.kernels import test_packed_attention_triton as attention_triton
 from tests.kernels import test_policy_loss as policy_loss
 from tests.kernels import test_policy_loss_parallel as policy_loss_parallel
@@ -72,6 +73,8 @@ class TestPackedAttention:
     test_many_query_heads_on_a_key_head = staticmethod(attention_triton.test_many_query_heads_on_a_key_head)
     test_two_runs_give_the_same_bits = staticmethod(attention_triton.test_two_runs_give_the_same_bits)
     test_equals_the_expanded_layout = staticmethod(attention_triton.test_equals_the_expanded_layout)
+    test_merge = staticmethod(attention_parts.test_merge)
+    test_sum_of_copies = staticmethod(attention_parts.test_sum_of_copies)
 
     @pytest.mark.parametrize("head_dim", [64, 128, 256])
     @pytest.mark.parametrize("strategy", ["repeat", "merge"])
@@ -120,3 +123,4 @@ class TestGaeAndValueLoss:
 class TestRope:
     test_against_the_definition = staticmethod(rope.test_against_the_definition)
     test_rows_do_not_depend_on_their_place = staticmethod(rope.test_rows_do_not_depend_on_their_place)
+    test_grouped_views_of_a_fused_projection = staticmethod(rope.test_grouped_views_of_a_fused_projection)

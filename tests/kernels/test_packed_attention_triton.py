@@ -1,4 +1,4 @@
-"""packed_attention's own flash attention and its small kernels, in Triton: against the dense definition in float64.
+"""packed_attention's own flash attention in Triton: against the dense definition in float64.
 
 Runs under the interpreter on the CPU and, where there is a GPU, on that. Tiles of 16 rows let small packs have many.
 """
@@ -6,7 +6,6 @@ Runs under the interpreter on the CPU and, where there is a GPU, on that. Tiles 
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -14,74 +13,18 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.fake_libraries import dense_backward, dense_forward
-from tests.kernels.fuzz import close
-from tulu_hpc.kernels import BackendError, last_backend, packed_attention, plan_attention
-from tulu_hpc.kernels.packed_attention import flash, ops, parts, select, triton_backend, triton_plan
-from tulu_hpc.kernels.packed_attention import plan as plan_module
-from tulu_hpc.kernels.packed_attention.plan import AttentionPlan
-from tulu_hpc.kernels.packed_attention.providers.aten import Aten
-from tulu_hpc.kernels.packed_attention.reference import attention_dense, forward, visible
-from tulu_hpc.kernels.packed_attention.triton_plan import EVERY, Tile, Tiles, tables
+from tests.kernels.attention_cases import CU, DEVICE, PREFIX, SMALL, compare, make_plan, oracle, run, tensors
+from tulu_hpc.kernels import BackendError, packed_attention
+from tulu_hpc.kernels.packed_attention import ops, select, triton_backend, triton_plan
+from tulu_hpc.kernels.packed_attention.reference import forward, visible
+from tulu_hpc.kernels.packed_attention.triton_plan import EVERY, tables
 
 pytest.importorskip("triton", reason="triton is not installed")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OP = "packed_attention"
-# Prompts of 20 and 7 rows, an ordinary segment, one of no rows, one of one row, then responses.
-CU = [0, 20, 27, 46, 46, 47, 64, 68, 69, 88]
-PREFIX = [(0, 0)] * 5 + [(0, 20), (0, 20), (20, 27), (20, 27)]
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "tiles", lambda head_dim, dtype, permuted: SMALL)
-
-
-SMALL = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
-
-
-def make_plan(cu: Any, prefix: Any = None, heads: int = 2, kv_heads: int = 1, head_dim: int = 16, **options: Any):
-    return plan_attention(cu, prefix, heads=heads, kv_heads=kv_heads, head_dim=head_dim, device=DEVICE, **options)
-
-
-def tensors(plan: AttentionPlan, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    """q, k, v and an upstream gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    queries, keys = (plan.num_queries, plan.heads, plan.head_dim), (plan.num_keys, plan.kv_heads, plan.head_dim)
-    return [
-        torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-        for s in (queries, keys, keys, queries)
-    ]
-
-
-def gradients(plan: AttentionPlan, inputs: list[Tensor], **options: Any) -> list[Tensor]:
-    q, k, v, grad = inputs
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    out = packed_attention(q, k, v, plan, **options)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
-
-
-def run(plan: AttentionPlan, inputs: list[Tensor], **options: Any) -> list[Tensor]:
-    found = gradients(plan, inputs, backend="triton", **options)
-    assert last_backend(OP) == "triton"
-    return found
-
-
-def oracle(plan: AttentionPlan, inputs: list[Tensor], scale: float | None = None) -> list[Tensor]:
-    """In float64, on the values that the tensors hold."""
-    q, k, v, grad = (x.double() for x in inputs)
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
-    out = attention_dense(q, k, v, plan, plan.head_dim**-0.5 if scale is None else scale)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
-
-
-def compare(plan: AttentionPlan, dtype: torch.dtype, tolerance: float, seed: int = 0, **options: Any) -> None:
-    inputs = tensors(plan, dtype, seed)
-    for name, mine, want in zip(
-        ["out", "dq", "dk", "dv"], run(plan, inputs, **options), oracle(plan, inputs, **options)
-    ):
-        assert mine.dtype == dtype
-        close(mine.double(), want, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @st.composite
@@ -333,93 +276,3 @@ def test_description(monkeypatch):
     flash_text = plan.describe(backend="flash")
     assert "copies    " in flash_text and "merge     " in flash_text
     assert "library   by compute capability, best first: 8.x fa2, aten; 9.x fa3, fa4, aten, fa2;" in flash_text
-
-
-# ------------------------------------------------------------------------------------------- the small kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge(dtype):
-    """Both backends against softmax over all keys; also rows for which one or both calls had no key."""
-    generator = torch.Generator().manual_seed(0)
-    rows, heads, head_dim = 19, 3, 5
-    out, part = (torch.randn(rows, heads, head_dim, generator=generator).to(DEVICE, dtype) for _ in range(2))
-    lse, part_lse = (torch.randn(rows, heads, generator=generator).to(DEVICE) * 30 for _ in range(2))
-    part_lse[4], lse[5] = lse[4], -torch.inf
-    part_lse[6], lse[6] = -torch.inf, -torch.inf
-    total = torch.logaddexp(lse.double(), part_lse.double())
-    weight = lambda x: (x.double() - total).exp().nan_to_num(0)[..., None]  # noqa: E731
-    want = out.double() * weight(lse) + part.double() * weight(part_lse)
-    strided = part_lse.t().contiguous().t()  # as the flash libraries return it
-    for backend in ("reference", "triton"):
-        mine, mine_lse = out.clone(), lse.clone()
-        parts.merge(mine, mine_lse, part, strided, backend=backend)
-        assert last_backend(parts.MERGE) == backend
-        keep = torch.arange(rows, device=DEVICE) != 6
-        torch.testing.assert_close(
-            mine[keep].double(), want[keep], rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
-        )
-        torch.testing.assert_close(mine_lse.double(), total, rtol=1e-6, atol=1e-6)
-        assert float(mine[6].abs().max()) == 0
-    empty = torch.empty(0, 3, 5, device=DEVICE)
-    parts.merge(empty, empty[..., 0].contiguous(), empty, empty[..., 0].contiguous(), backend="triton")
-    with pytest.raises(ValueError, match="shapes"):
-        parts.merge(out, lse, part, lse[1:])
-    with pytest.raises(ValueError, match="contiguous"):
-        parts.merge(out.transpose(0, 1).contiguous().transpose(0, 1), lse, part, lse, backend="triton")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sum_of_copies(dtype):
-    """Rows with no copy, one and many; the sum of 200 equal bf16 values does not stop growing."""
-    generator = torch.Generator().manual_seed(0)
-    index = torch.cat((torch.randint(1, 9, (50,), generator=generator), torch.full((200,), 9)))
-    order = index.argsort(stable=True).to(DEVICE)
-    counts = torch.bincount(index, minlength=11).tolist()
-    offsets = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=DEVICE)
-    part = torch.randn(250, 2, 7, generator=generator).to(dtype)
-    part[50:] = 1 + 2**-7
-    want = torch.zeros(11, 2, 7, dtype=torch.float64).index_add_(0, index, part.double())
-    for backend in ("reference", "triton"):
-        found = [
-            parts.sum_copies(part.to(DEVICE), order, offsets, torch.float32, backend=backend).cpu() for _ in range(2)
-        ]
-        assert last_backend(parts.SUM_COPIES) == backend
-        assert torch.equal(*found)
-        torch.testing.assert_close(found[0].double(), want, rtol=1e-6, atol=1e-5)
-        assert parts.sum_copies(part.to(DEVICE), order, offsets, dtype, backend=backend).dtype == dtype
-    with pytest.raises(ValueError, match="do not fit"):
-        parts.sum_copies(part, order[1:], offsets, dtype)
-    with pytest.raises(ValueError, match="contiguous"):
-        parts.sum_copies(part.to(DEVICE).transpose(1, 2), order, offsets, dtype, backend="triton")
-    with pytest.raises(BackendError, match="fp32"):
-        parts.sum_copies(part.to(DEVICE).double(), order, offsets, torch.float64, backend="triton")
-
-
-def _aten_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale):
-    return *dense_forward(q, k, v, cu_q, cu_k, causal, scale), None, None, None
-
-
-def _aten_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, state, unused, *, scale):
-    return dense_backward(grad, q, k, v, out, lse, cu_q, cu_k, causal, scale)
-
-
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("strategy", ["repeat", "merge"])
-@pytest.mark.parametrize("reorder", [False, True])
-def test_the_flash_backend_around_its_library(backend, strategy, reorder, monkeypatch):
-    """Everything of the CUDA backend but the library's two kernels, which the dense definition replaces."""
-    library = Aten()
-    library.functions = {"_flash_attention_forward": _aten_forward, "_flash_attention_backward": _aten_backward}
-    monkeypatch.setattr(plan_module, "_library", lambda device: "flash")
-    for op in (parts.MERGE, parts.SUM_COPIES):
-        monkeypatch.setenv(f"TULU_HPC_{op.upper()}_BACKEND", backend)
-    order = torch.randperm(88, generator=torch.Generator().manual_seed(1)) if reorder else None
-    plan = make_plan(CU, PREFIX, head_dim=4, strategy=strategy, key_order=order)
-    q, k, v, grad = inputs = tensors(plan, torch.float32)
-    out, lse = flash.Flash(library).forward(q, k, v, plan, 0.5)
-    found = [out, *flash.Flash(library).backward(grad, q, k, v, out, lse, plan, 0.5)]
-    if strategy == "merge":
-        assert last_backend(parts.MERGE) == backend
-    if strategy == "repeat" or reorder:
-        assert last_backend(parts.SUM_COPIES) == backend
-    for mine, right in zip(found, oracle(plan, inputs, scale=0.5)):
-        torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.kernels.fuzz import close
 from tulu_hpc.kernels import BackendError, last_backend
-from tulu_hpc.kernels.rope import reference
+from tulu_hpc.kernels.rope import ops, reference
 from tulu_hpc.kernels.rope.ops import rope, rope_tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,20 +71,56 @@ def test_the_definition_is_a_rotation_of_complex_numbers():
 
 
 def test_against_transformers_and_the_model():
-    """The half-split convention is that of both, to fp32 rounding; positions of a long context."""
+    """The half-split convention is that of both, to fp32 rounding; positions of a long context; the model's tables."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    from tulu_hpc.models.rope import angles, rotate
+    from tulu_hpc.models.rope import angles
 
     q, k, _, frequencies, *_ = (x.cpu() for x in problem(12, 4, 2, 64, 32, torch.float32))
     ids = torch.randint(0, 131072, (12,), generator=torch.Generator().manual_seed(3))
     mine = rope(q, k, ids, frequencies)
     cos, sin = (torch.cat((x, x), -1)[None] for x in rope_tables(ids, frequencies))
     theirs = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
-    table = angles(ids, frequencies, torch.float32)
-    for out, x, other in zip(mine, (q, k), theirs):
+    ours = rope(q, k, None, tuple(angles(ids, frequencies)))
+    for out, same, other in zip(mine, ours, theirs):
         torch.testing.assert_close(out, other[0].transpose(0, 1), rtol=0, atol=1e-6)
-        torch.testing.assert_close(out, rotate(x[:, None], table)[:, 0], rtol=0, atol=1e-6)
+        assert torch.equal(out, same)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_grouped_views_of_a_fused_projection(backend, dtype):
+    """[T, Nk, G, D] views, read where they lie, are the same bits as contiguous [T, N, D]; so are their gradients."""
+    rows, groups, group, dim = 19, 2, 3, 8
+    _, _, ids, frequencies, *_ = problem(rows, 1, 1, dim, 3, dtype)
+    fused = torch.randn(rows, groups, group + 2, dim, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    grads = [torch.randn(rows, n, dim, generator=torch.Generator().manual_seed(n)).to(DEVICE, dtype) for n in (6, 2)]
+
+    def gradients(grouped: bool) -> list[Tensor]:
+        leaf = fused.clone().requires_grad_()
+        q, k, _ = leaf.split((group, 1, 1), 2)
+        if not grouped:
+            q, k = q.flatten(1, 2).contiguous(), k.contiguous()
+        out_q, out_k = rope(q, k.squeeze(2), ids, frequencies, backend=backend)
+        assert out_q.is_contiguous() and out_k.is_contiguous() and out_q.shape == q.shape
+        out_q = out_q.reshape(rows, -1, dim)
+        return [out_q.detach(), out_k.detach(), *torch.autograd.grad((out_q, out_k), leaf, grads)]
+
+    for a, b in zip(gradients(True), gradients(False)):
+        assert torch.equal(a, b)
+    q, k, _ = fused.requires_grad_().split((group, 1, 1), 2)
+    cos, sin = rope_tables(ids, frequencies)
+    torch.library.opcheck(torch.ops.tulu_hpc.rope.default, (q, k.squeeze(2), cos, sin, False, False, backend))
+
+
+def test_cuda_without_triton_says_so(monkeypatch):
+    """No CUDA here: the choice is asked for directly."""
+    ops._say_plain.cache_clear()
+    monkeypatch.setattr(ops.triton_support, "status", lambda: "triton is not installed")
+    with pytest.warns(UserWarning, match="plain torch runs on CUDA.*triton is not installed"):
+        assert ops._default_on_cuda() == "reference"
+    monkeypatch.setattr(ops.triton_support, "status", lambda: "usable")
+    assert ops._default_on_cuda() == "triton"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,9 +14,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from tulu_hpc.kernels import packed_attention
+from tulu_hpc.kernels import packed_attention, rope
 from tulu_hpc.models.cache import DecodeParams
-from tulu_hpc.models.rope import rotate
 from tulu_hpc.parallel.context import PackParams
 
 
@@ -69,7 +68,7 @@ class LlamaAttention(SelfAttention):
     """megatron's self-attention (its projections, its names) with our forward pass.
 
     megatron's forward computes cosines and sines for q and for k in every layer, per segment; here they come once per
-    forward pass, already gathered by position id, and q and k are rotated together.
+    forward pass, already gathered by position id, and one launch rotates q and k where the projection left them.
     """
 
     def forward(
@@ -81,16 +80,16 @@ class LlamaAttention(SelfAttention):
         packed_seq_params: PackParams | DecodeParams,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """[T / sp, 1, H] -> [T / sp, 1, H]; `rotary_pos_emb` [2, T, 1, 1, D / 2] holds cosines and sines."""
+        """[T / sp, 1, H] -> [T / sp, 1, H]; `rotary_pos_emb` [2, T, D / 2] holds cosines and sines."""
         mixed, _bias = self.linear_qkv(hidden_states)
         rows, groups = mixed.shape[0], self.num_query_groups_per_partition
         per_group = self.num_attention_heads_per_partition // groups
         dim = self.hidden_size_per_attention_head
         # Per key/value head: its query heads, the key, the value.
-        mixed = mixed.view(rows, groups, per_group + 2, dim)
-        rotated = rotate(mixed[:, :, : per_group + 1], rotary_pos_emb)
-        query = rotated[:, :, :per_group].reshape(rows, groups * per_group, dim)
-        key, value = rotated[:, :, per_group], mixed[:, :, per_group + 1]
+        query, key, value = mixed.view(rows, groups, per_group + 2, dim).split((per_group, 1, 1), dim=2)
+        cos, sin = rotary_pos_emb
+        query, key = rope(query, key.squeeze(2), None, (cos, sin))
+        query, value = query.flatten(1, 2), value.squeeze(2)
         if self.checkpoint_core_attention and self.training and torch.is_grad_enabled():
             out = self._checkpointed_attention_forward(query, key, value, None, packed_seq_params=packed_seq_params)
         else:

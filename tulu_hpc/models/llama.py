@@ -131,7 +131,7 @@ class Llama(GPTModel):
             decoder_input = decoder_input.to(self.config.params_dtype)  # of an embedding tied to an fp32 head
         if self._inverse_frequency.device != position_ids.device:
             self._inverse_frequency = self._inverse_frequency.to(position_ids.device)
-        cos_sin = angles(position_ids[0], self._inverse_frequency, self.config.params_dtype)
+        cos_sin = angles(position_ids[0], self._inverse_frequency)
         columns = getattr(kwargs.get("packed_seq_params"), "per_row", {})
         if self.pre_process and embedding_noise.KEY in columns:
             key_T, scale_T = columns[embedding_noise.KEY], columns[embedding_noise.SCALE]

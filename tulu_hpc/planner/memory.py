@@ -12,7 +12,7 @@ distributed optimizer (fp32 master, two moments); 4 + 4 + 8/d in float32, which 
 
 Saved per layer and row, in elements, by the layer as built in `models/` (measured in tests/planner):
     residual stream    2 norm inputs and 2 norm outputs: 4H; 2H more where the norm is not fused (CPU)
-    attention          fused projection (N + 2Nk)D (v is a view of it), rotated (N + Nk)D, q ND, output ND, all / t
+    attention          fused projection (N + 2Nk)D (v is a view of it), rotated (N + Nk)D, output ND, all / t
     MLP                projection 2F, silu(gate), up, their product: 5F / t
 Sequence parallelism divides the residual stream by t too.
 """
@@ -225,7 +225,7 @@ def layer_elements(work: Workload, *, recompute: Recompute | None = None) -> flo
         return architecture.hidden_size / residual
     q, kv = _q(architecture), _kv(architecture)
     streams = (4 if work.fused_norm else 6) * architecture.hidden_size / residual
-    attention = ((q + 2 * kv) + (q + kv) + q + q) / tensor
+    attention = ((q + 2 * kv) + (q + kv) + q) / tensor
     return streams + attention + 5 * architecture.intermediate_size / tensor
 
 

@@ -44,7 +44,7 @@ class Aten(Provider):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, scale: float) -> tuple[Tensor, Tensor]:
         out, lse, *_ = self.functions["_flash_attention_forward"](
-            *(q, k, v, call.cu_query, call.cu_key, max(call.query_lengths), max(call.key_lengths)),
+            *(q, k, v, call.cu_query, call.cu_key, call.most_queries, call.most_keys),
             *(0.0, call.causal, False),
             scale=scale,
         )
@@ -66,7 +66,7 @@ class Aten(Provider):
         unused = torch.empty(0, device=q.device)
         dq, dk, dv = self.functions["_flash_attention_backward"](
             *(grad, q, k, v, out, lse.t().contiguous(), call.cu_query, call.cu_key),
-            *(max(call.query_lengths), max(call.key_lengths), 0.0, call.causal, rng_state, unused),
+            *(call.most_queries, call.most_keys, 0.0, call.causal, rng_state, unused),
             scale=scale,
         )
         return dq, dk, dv

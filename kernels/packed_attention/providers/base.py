@@ -6,6 +6,7 @@ Shapes: T query rows, M key rows, N query heads, Nk key/value heads, D head dim.
 import importlib
 import importlib.metadata
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -32,7 +33,7 @@ def common_refusal(dtype: torch.dtype, head_dim: int) -> str | None:
     return f"takes bfloat16 or float16 with a head dim that is a multiple of 8 up to 256, got {dtype} with {head_dim}"
 
 
-class Provider:
+class Provider(ABC):
     """A library's variable-length attention.
 
     Its forward pass returns the log-sum-exp, its backward pass takes any output and log-sum-exp.
@@ -109,13 +110,14 @@ class Provider:
     def _refusal(self, head_dim: int, capability: Capability, deterministic: bool) -> str | None:
         return None
 
+    @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, scale: float) -> tuple[Tensor, Tensor]:
         """out [T, N, D] and natural log-sum-exp of the scaled scores [T, N] in fp32 (any strides).
 
         q [T, N, D], k and v [M, Nk, D] are contiguous and hold the call's rows only.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(
         self,
         grad: Tensor,
@@ -129,4 +131,3 @@ class Provider:
         deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v in their dtype; `lse` [T, N] as from `forward`, or merged over calls."""
-        raise NotImplementedError

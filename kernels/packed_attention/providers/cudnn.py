@@ -102,7 +102,7 @@ class TransformerEngine(Provider):
     @staticmethod
     def _lengths(call: VarlenCall) -> tuple[Any, ...]:
         """Longest lengths in steps of 64, so that fewer graphs are built, and the cumulative lengths."""
-        longest = (-(-max(lengths) // 64) * 64 for lengths in (call.query_lengths, call.key_lengths))
+        longest = (-(-most // 64) * 64 for most in (call.most_queries, call.most_keys))
         return (*longest, call.cu_query, call.cu_key)
 
     def _check_workspace(self, q: Tensor, call: VarlenCall) -> None:

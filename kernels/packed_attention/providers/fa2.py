@@ -44,7 +44,7 @@ class FlashAttention2(Provider):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, scale: float) -> tuple[Tensor, Tensor]:
         out, lse, *_ = self.functions["_flash_attn_varlen_forward"](
-            *(q, k, v, call.cu_query, call.cu_key, max(call.query_lengths), max(call.key_lengths)),
+            *(q, k, v, call.cu_query, call.cu_key, call.most_queries, call.most_keys),
             *(0.0, scale, call.causal),
         )
         return out, lse.t()
@@ -64,7 +64,7 @@ class FlashAttention2(Provider):
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         self.functions["_flash_attn_varlen_backward"](
             *(grad, q, k, v, out, lse.t().contiguous(), dq, dk, dv, call.cu_query, call.cu_key),
-            *(max(call.query_lengths), max(call.key_lengths), 0.0, scale, call.causal, -1, -1, 0.0, None),
+            *(call.most_queries, call.most_keys, 0.0, scale, call.causal, -1, -1, 0.0, None),
             deterministic,
         )
         return dq, dk, dv

@@ -56,8 +56,8 @@ class FlashAttention4(Provider):
             *(q, k, v),
             cu_seqlens_q=call.cu_query,
             cu_seqlens_k=call.cu_key,
-            max_seqlen_q=max(call.query_lengths),
-            max_seqlen_k=max(call.key_lengths),
+            max_seqlen_q=call.most_queries,
+            max_seqlen_k=call.most_keys,
             softmax_scale=scale,
             causal=call.causal,
             return_lse=True,
@@ -82,8 +82,8 @@ class FlashAttention4(Provider):
             causal=call.causal,
             cu_seqlens_q=call.cu_query,
             cu_seqlens_k=call.cu_key,
-            max_seqlen_q=max(call.query_lengths),
-            max_seqlen_k=max(call.key_lengths),
+            max_seqlen_q=call.most_queries,
+            max_seqlen_k=call.most_keys,
             deterministic=deterministic,
         )
         return dq, dk, dv
