@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,20 @@ class VllmEngine:
         self.bucket_bytes = bucket_bytes
         self.stats = GenerationStats()
         self.retries = 0  # attempts that failed and were made again
+        self.updating = False  # weights are being sent: a server may be slow to answer, and is not asked
         self._remotes = [_Remote(address) for address in addresses]
         self._channels = {address: Channel(address, sync_timeout_seconds) for address in addresses}
         self._free: asyncio.Condition
 
     # Generation
 
-    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    async def generate(
+        self, requests: Sequence[Request], finished: Callable[[int, Completion], None] | None = None
+    ) -> list[Completion]:
         """Completions in the order of the requests.
+
+        Args:
+            finished: told of each completion, with the place of its request, as soon as it is there.
 
         Raises:
             ValueError: a request that the servers cannot serve as it is meant.
@@ -102,6 +109,8 @@ class VllmEngine:
                 remote.dead.set()
         probes = [asyncio.create_task(self._watch(remote)) for remote in self._remotes if remote.alive]
         tasks = [asyncio.create_task(self._complete(each)) for each in requests]
+        for place, task in enumerate(tasks):
+            task.add_done_callback(partial(_tell, finished, place))
         try:
             if tasks:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -240,7 +249,7 @@ class VllmEngine:
         failures = 0
         while failures < 2:
             await asyncio.sleep(self.probe_seconds)
-            if remote.in_flight == 0:
+            if remote.in_flight == 0 or self.updating:
                 continue
             try:
                 await probe(remote.address, self.probe_seconds)
@@ -339,6 +348,11 @@ class VllmEngine:
                 return str(server.address)
 
         return [each for each in await asyncio.gather(*map(one, self.own)) if each]
+
+
+def _tell(finished: Callable[[int, Completion], None] | None, place: int, ended: asyncio.Task[Completion]) -> None:
+    if finished is not None and not ended.cancelled() and ended.exception() is None:
+        finished(place, ended.result())
 
 
 def logprobs_problem(mode: LogprobsMode, temperature: float, top_p: float) -> str | None:
