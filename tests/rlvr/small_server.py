@@ -1,11 +1,12 @@
-"""A small deterministic engine behind vLLM's endpoints, in a process of its own: `python small_server.py STOP VOCABULARY`.
+"""A small deterministic engine behind vLLM's endpoints, in a process of its own: `small_server.py STOP VOCABULARY`.
 
 Its tokens are a function of the request's seed, the position, and the bytes of the weights it holds (a checkpoint read
 through /update_weights), so a run that trains other weights, or asks in another order of updates, gets other samples.
 It knows pauses and weight versions per token as vLLM does. Its log-probs are those of no model: only what lies around
 the engine can be tested with it. It prints its port, and then a line per answered request.
 
-POST /tempo {"seconds": s} sets the time of a token; {"hold": n} lets n more requests finish and holds the others.
+POST /tempo {"seconds": s} sets the time of a token; {"hold": n} lets n more requests finish and holds the others;
+{"broken": true}: token ids that do not exist. What is not given is off.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Engine:
         self.weights, self.version, self.incoming = b"first", "0", b""
         self.running = asyncio.Event()
         self.running.set()
-        self.tempo, self.hold = 0.0, -1
+        self.tempo, self.hold, self.broken = 0.0, -1, False
         self.answered = 0
 
     async def answer(self, method: str, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
@@ -44,7 +45,7 @@ class Engine:
         elif path == "/finish_weight_update":
             self.weights, self.version = hashlib.sha256(self.incoming).digest(), body["weight_version"]
         elif path == "/tempo":
-            self.tempo, self.hold = body.get("seconds", self.tempo), body.get("hold", -1)
+            self.tempo, self.hold, self.broken = body.get("seconds", 0.0), body.get("hold", -1), "broken" in body
             self.answered = 0
         elif path == "/is_paused":
             return {"is_paused": not self.running.is_set()}
@@ -75,7 +76,7 @@ class Engine:
         print(sampling["seed"], spans[0]["version"], spans[-1]["version"], flush=True)
         ended = tokens[-1] == self.stop
         choice = {
-            "token_ids": tokens,
+            "token_ids": [-1] if self.broken else tokens,
             "logprobs": {"content": [{"token_id": token, "logprob": -token / 97 - 0.1} for token in tokens]},
             "finish_reason": "stop" if ended else "length",
             "stop_reason": self.stop if ended else None,

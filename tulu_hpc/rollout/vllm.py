@@ -109,8 +109,8 @@ class VllmEngine:
                 remote.dead.set()
         probes = [asyncio.create_task(self._watch(remote)) for remote in self._remotes if remote.alive]
         tasks = [asyncio.create_task(self._complete(each)) for each in requests]
-        for place, task in enumerate(tasks):
-            task.add_done_callback(partial(_tell, finished, place))
+        for place, asked in enumerate(tasks):
+            asked.add_done_callback(partial(_tell, finished, place))
         try:
             if tasks:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)

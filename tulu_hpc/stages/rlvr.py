@@ -192,6 +192,8 @@ def fit(learner: Learner, first: int, ahead: Ahead | None) -> None:
                     **({} if ahead is None else {"buffer": ahead.position(step)}),
                 }
                 saver.save(extra, wait=last or stopping)
+            if ahead is not None:
+                ahead.prune()
             if stopping and not last:
                 run.say(f"stopped on request after step {step}; start again to continue")
                 stop.acknowledge(step)

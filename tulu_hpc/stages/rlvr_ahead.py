@@ -123,7 +123,7 @@ class Ahead:
             self._start()
 
     def finish_step(self, step: int, groups: Sequence[Group], weights: int) -> None:
-        """Note which samples the step has trained on, and drop from the buffer what checkpoints cover.
+        """Note which samples the step has trained on.
 
         Args:
             groups: of this replica, that were trained on.
@@ -141,9 +141,22 @@ class Ahead:
             if self.learner.run.groups.is_main:
                 with (self.folder / TRAINED).open("a") as file:
                     file.write(json.dumps({"step": step, "weights": weights, "samples": found}) + "\n")
-                self._prune()
         if self.producer is not None:
             self.producer.forget(step)
+
+    def prune(self) -> None:
+        """Delete the samples of steps that the newest checkpoint but one covers: the newest may prove to be damaged.
+
+        Raises:
+            WriteError: on every rank.
+        """
+        with shared_writing(self.learner.run.groups, str(self.folder)):
+            checkpoints = self.learner.run.directory.checkpoints
+            steps = valid_steps(checkpoints)[-2:] if self.learner.run.groups.is_main else []
+            if len(steps) == 2 and steps != self._pruned:
+                state = json.loads((checkpoints / f"step_{steps[0]}" / STATE).read_text())
+                prune(self.folder, int(state["extra"]["rollout_step"]))
+                self._pruned = steps
 
     def position(self, step: int) -> dict[str, int]:
         """Place in the buffer, for the checkpoint of a step."""
@@ -246,15 +259,6 @@ class Ahead:
             completions, scores = [each.completion for each in own], [each.score for each in own]
             found.append(make_group(self.learner.config, number, prompt, completions, scores))
         return found
-
-    def _prune(self) -> None:
-        """Main process: the newest checkpoint may turn out to be damaged, so what the one before covers is dropped."""
-        checkpoints = self.learner.run.directory.checkpoints
-        steps = valid_steps(checkpoints)[-2:]
-        if len(steps) == 2 and steps != self._pruned:
-            state = json.loads((checkpoints / f"step_{steps[0]}" / STATE).read_text())
-            prune(self.folder, int(state["extra"]["rollout_step"]))
-            self._pruned = steps
 
     def _everywhere(self, action: Callable[[Producer], Any]) -> Any:
         """The first result of the replicas' leaders that says something, on every rank."""
