@@ -20,7 +20,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tulu_hpc.config.sections import RunSection
+from tulu_hpc.config.sections import RunSection, fields_by_key
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -328,7 +328,7 @@ def _fields_at(schema: type[BaseModel], loc: tuple[str, ...]) -> type[BaseModel]
         if current is None:
             return None
         if not part.isdigit():
-            info = current.model_fields.get(part)
+            info = fields_by_key(current).get(part)
             if info is None:
                 return None
             current = info.annotation
@@ -346,7 +346,7 @@ def _models_of(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """All dotted keys of a schema; the items of a list of sections appear as `key.N.name`."""
-    for name, info in schema.model_fields.items():
+    for name, info in fields_by_key(schema).items():
         yield prefix + name
         inner = next(iter(_models_of(info.annotation)), None)
         if inner is not None:
@@ -357,7 +357,7 @@ def dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _suggestion(schema: type[BaseModel], loc: tuple[str, ...]) -> str:
     section = _fields_at(schema, loc[:-1])
     prefix = ".".join(loc[:-1])
-    siblings = list(section.model_fields) if section else []
+    siblings = list(fields_by_key(section)) if section else []
     near = difflib.get_close_matches(loc[-1], siblings, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {f'{prefix}.' if prefix else ''}{near[0]}?"
@@ -371,5 +371,5 @@ def _suggestion(schema: type[BaseModel], loc: tuple[str, ...]) -> str:
 
 def _help_of(schema: type[BaseModel], loc: tuple[str, ...]) -> str:
     section = _fields_at(schema, loc[:-1])
-    info = section.model_fields.get(loc[-1]) if section else None
+    info = fields_by_key(section).get(loc[-1]) if section else None
     return f" ({info.description.rstrip('.')})" if info is not None and info.description else ""

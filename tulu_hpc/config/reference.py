@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from tulu_hpc.config.run_directory import MAY_DIFFER
+from tulu_hpc.config.sections import fields_by_key
 from tulu_hpc.config.verbs import SCHEMAS
 
 HEADER = """# Configuration reference
@@ -43,7 +44,7 @@ def reference() -> str:
     lines += ["| verb | sections (**required**) |", "|---|---|"]
     for verb, schema in SCHEMAS.items():
         names = []
-        for name, info in schema.model_fields.items():
+        for name, info in fields_by_key(schema).items():
             model = _model_of(info.annotation)
             if model is None:
                 plain.setdefault(name, info)
@@ -76,7 +77,7 @@ def _anchor(name: str, model: type[BaseModel], models: list[type[BaseModel]]) ->
 
 def _rows(model: type[BaseModel], prefix: str) -> list[str]:
     rows = []
-    for name, info in model.model_fields.items():
+    for name, info in fields_by_key(model).items():
         inner = _model_of(info.annotation)
         is_list = get_origin(info.annotation) is list
         key = f"{prefix}{name}"

@@ -1,4 +1,4 @@
-"""The sections `rlvr`: policy loss, and what a step samples and learns from; and `value`: PPO's value model."""
+"""The sections `rlvr`: policy loss, and what a step samples and learns from; `async`; `value`: PPO's value model."""
 
 from __future__ import annotations
 
@@ -157,6 +157,28 @@ class RlvrSection(Section):
             0.5 if self.importance_low is None else self.importance_low,
             2.0 if self.importance_cap is None else self.importance_cap,
         )
+
+
+class AsyncSection(Section):
+    """Rollouts of later steps while a step trains: docs/asynchrony.md."""
+
+    max_staleness: int = Field(
+        default=0,
+        ge=0,
+        le=32,
+        description="Rollout steps that a sample may be older than the weights it trains; 0: synchronous, 1: Tulu 3.",
+    )
+    update: Literal["boundary", "in_flight"] = Field(
+        default="boundary",
+        description="The engine gets new weights when it has answered everything, or while it answers: requests are "
+        "frozen, and go on under the new weights.",
+    )
+
+    @model_validator(mode="after")
+    def _is_asynchronous(self) -> Self:
+        if self.update == "in_flight" and self.max_staleness == 0:
+            raise ValueError("update in_flight needs max_staleness of at least 1: nothing is in flight otherwise")
+        return self
 
 
 class ValueSection(Section):

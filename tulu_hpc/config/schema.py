@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.layer_spec import check_layer_spec
-from tulu_hpc.config.rlvr_sections import RlvrSection, ValueSection
+from tulu_hpc.config.rlvr_sections import AsyncSection, RlvrSection, ValueSection
 from tulu_hpc.config.sections import (
     DataSection,
     FileName,
@@ -166,9 +166,19 @@ class RewardModelConfig(StageConfig):
 class RlvrConfig(StageConfig):
     train: RlvrTrainSection
     rlvr: RlvrSection
+    asynchrony: AsyncSection = Field(default=AsyncSection(), alias="async")
     value: ValueSection | None = Field(default=None, description="Value model of rlvr.kind: ppo.")
     rollout: RolloutSection = RolloutSection()
     verifier: VerifierSection = VerifierSection()
+
+    @model_validator(mode="after")
+    def _engine_beside_the_trainer(self) -> Self:
+        if self.asynchrony.max_staleness and self.rollout.engine == "embedded":
+            raise ValueError(
+                f"async.max_staleness {self.asynchrony.max_staleness} needs rollout.engine: vllm; the embedded engine "
+                "samples with the model that is trained, in the same process, so it cannot be ahead"
+            )
+        return self
 
     @model_validator(mode="after")
     def _overlong_buffer(self) -> Self:

@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from tulu_hpc.config.architecture import Architecture
 
@@ -13,7 +14,12 @@ from tulu_hpc.config.architecture import Architecture
 class Section(BaseModel):
     """Base of all configuration sections."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False, serialize_by_alias=True)
+
+
+def fields_by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a section as a file writes them: a key that is a Python keyword has another name in the code."""
+    return {info.alias or name: info for name, info in model.model_fields.items()}
 
 
 def _file_name(name: str) -> str:

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,8 @@ class VllmEngine:
                 remote.dead.set()
         probes = [asyncio.create_task(self._watch(remote)) for remote in self._remotes if remote.alive]
         tasks = [asyncio.create_task(self._complete(each)) for each in requests]
-        for place, task in enumerate(tasks):
-            task.add_done_callback(lambda ended, place=place: _tell(ended, place, finished))
+        for place, asked in enumerate(tasks):
+            asked.add_done_callback(partial(_tell, finished, place))
         try:
             if tasks:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -384,7 +385,7 @@ class VllmEngine:
         return [each for each in await asyncio.gather(*map(one, self.own)) if each]
 
 
-def _tell(ended: asyncio.Task[Completion], place: int, finished: Callable[[int, Completion], None] | None) -> None:
+def _tell(finished: Callable[[int, Completion], None] | None, place: int, ended: asyncio.Task[Completion]) -> None:
     if finished is not None and not ended.cancelled() and ended.exception() is None:
         finished(place, ended.result())
 

@@ -16,6 +16,7 @@ from tulu_hpc.models.llama import Llama
 from tulu_hpc.parallel.failures import WriteFailures
 from tulu_hpc.rollout.embedded import EmbeddedEngine
 from tulu_hpc.stages import training_run
+from tulu_hpc.stages.rlvr_ahead import Ahead, open_ahead
 from tulu_hpc.stages.rlvr_learner import Learner
 from tulu_hpc.stages.rlvr_rollouts import fingerprint
 from tulu_hpc.stages.rlvr_step import rollout_step
@@ -43,6 +44,8 @@ def run(config: RlvrConfig) -> Path:
         VerifierError: too many verdicts of a step were lost.
         SamplingError: dynamic sampling did not fill a step.
         StaleError: samples of older weights than allowed.
+        JournalError: the buffer of an asynchronous run is damaged or of another run.
+        ProducerError: generation or verification beside training failed.
         Preempted: the run was asked to stop; its state is saved.
     """
     check(config)
@@ -52,7 +55,7 @@ def run(config: RlvrConfig) -> Path:
     with ExitStack() as stack:
         learner = build(run, config, stack)
         first = resume(learner)
-        fit(learner, first)
+        fit(learner, first, open_ahead(learner, first, stack))
         return training_run.finish(run, learner.trainer)
 
 
@@ -144,8 +147,11 @@ def resume(learner: Learner) -> int:
     return int(extra["rollout_step"])
 
 
-def fit(learner: Learner, first: int) -> None:
+def fit(learner: Learner, first: int, ahead: Ahead | None) -> None:
     """Rollout steps `first` + 1 to `train.steps`; log, save, and stop early when asked to.
+
+    Args:
+        ahead: who has the groups of an asynchronous run.
 
     Raises:
         Preempted: the run was asked to stop; its state is saved.
@@ -160,7 +166,7 @@ def fit(learner: Learner, first: int) -> None:
     with logger, progress, stop, saver:
         for step in range(first + 1, train.steps + 1):
             metrics, stopping = rollout_step(
-                learner, step, check_mismatch=step == first + 1, stop_requested=stop.pending()
+                learner, step, check_mismatch=step == first + 1, stop_requested=stop.pending(), ahead=ahead
             )
             if step % train.log_every == 0 or step == train.steps:
                 with failures.writing(str(run.directory.metrics)):
@@ -183,8 +189,11 @@ def fit(learner: Learner, first: int) -> None:
                     "prompts": fingerprint(learner.prompts),
                     "prompt_position": learner.position,
                     "versions": learner.versions,
+                    **({} if ahead is None else {"buffer": ahead.position(step)}),
                 }
                 saver.save(extra, wait=last or stopping)
+            if ahead is not None:
+                ahead.prune()
             if stopping and not last:
                 run.say(f"stopped on request after step {step}; start again to continue")
                 stop.acknowledge(step)

@@ -62,15 +62,10 @@ def generate(
         numbers: places in the step, one for each prompt.
         extra_round: of dynamic sampling; a place is then not sampled with the random numbers of its last prompt again.
     """
-    config, groups = learner.config, learner.run.groups
-    chosen = prompts_from(learner.prompts, config, position, len(numbers))
-    mine = list(zip(numbers, chosen, strict=True))[groups.dp_rank :: groups.dp_size]
-    count = config.rlvr.samples_per_prompt
-    again = [extra_round] if extra_round else []
+    mine = share_of_prompts(learner, numbers, position)
+    count = learner.config.rlvr.samples_per_prompt
     requests = [
-        Request(
-            prompt.token_ids, learner.sampling, derive_seed("rollout", config.run.seed, step, number, sample, *again)
-        )
+        request_of(learner, prompt, step, number, sample, extra_round)
         for number, prompt in mine
         for sample in range(count)
     ]
@@ -83,26 +78,47 @@ def generate(
     ]
 
 
+def share_of_prompts(learner: Learner, numbers: Sequence[int], position: int) -> list[tuple[int, Prompt]]:
+    """This replica's share of the prompts from `position` of the stream on, with their places in the step."""
+    groups = learner.run.groups
+    chosen = prompts_from(learner.prompts, learner.config, position, len(numbers))
+    return list(zip(numbers, chosen, strict=True))[groups.dp_rank :: groups.dp_size]
+
+
+def request_of(learner: Learner, prompt: Prompt, step: int, number: int, sample: int, extra_round: int) -> Request:
+    """The request for one sample, with random numbers of its own."""
+    again = [extra_round] if extra_round else []
+    seed = derive_seed("rollout", learner.config.run.seed, step, number, sample, *again)
+    return Request(prompt.token_ids, learner.sampling, seed)
+
+
 def score_rollouts(learner: Learner, rollouts: Sequence[tuple[int, Prompt, list[Completion]]]) -> list[Group]:
-    """Rewards and advantages: verification_reward x score, or no_eos_penalty for an answer without end-of-text, less
-    the penalty for length."""
-    rlvr = learner.config.rlvr
+    """Groups of this replica, verified; on every rank of it."""
     tasks = [
         (verifier_record(prompt.record), completion_text(learner.tokenizer, completion))
         for _, prompt, completions in rollouts
         for completion in completions
     ]
-    verdicts = iter(verify_in_replica(learner.run.groups, learner.pool, tasks))
-    scored = []
-    for number, prompt, completions in rollouts:
-        verified = []
-        for completion in completions:
-            score = next(verdicts).score
-            verified.append(rlvr.verification_reward * score if ended_itself(completion) else rlvr.no_eos_penalty)
-        rewards = shaped_rewards(verified, completions, learner.config)
-        advantages = None if rlvr.kind == "ppo" else group_advantages(rewards, rlvr.advantage)
-        scored.append(Group(number, prompt, completions, verified, rewards, advantages))
-    return scored
+    scores = iter([verdict.score for verdict in verify_in_replica(learner.run.groups, learner.pool, tasks)])
+    return [
+        make_group(learner.config, number, prompt, completions, [next(scores) for _ in completions])
+        for number, prompt, completions in rollouts
+    ]
+
+
+def make_group(
+    config: RlvrConfig, number: int, prompt: Prompt, completions: list[Completion], scores: Sequence[float]
+) -> Group:
+    """Rewards and advantages: verification_reward x score, or no_eos_penalty for an answer without end-of-text, less
+    the penalty for length."""
+    rlvr = config.rlvr
+    verified = [
+        rlvr.verification_reward * score if ended_itself(completion) else rlvr.no_eos_penalty
+        for completion, score in zip(completions, scores, strict=True)
+    ]
+    rewards = shaped_rewards(verified, completions, config)
+    advantages = None if rlvr.kind == "ppo" else group_advantages(rewards, rlvr.advantage)
+    return Group(number, prompt, completions, verified, rewards, advantages)
 
 
 def shaped_rewards(verified: Sequence[float], completions: Sequence[Completion], config: RlvrConfig) -> list[float]:

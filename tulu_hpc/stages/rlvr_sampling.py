@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from tulu_hpc.stages.rlvr_learner import Learner
 from tulu_hpc.stages.rlvr_metrics import Clock
@@ -40,6 +41,10 @@ def next_wanted(wanted: Wanted, decided: Mapping[int, bool]) -> Wanted:
     return Wanted(missing, wanted.end)
 
 
+# The scored groups of this replica for the places of a step, in an extra round of dynamic sampling (0: the first).
+Answer: TypeAlias = Callable[[Wanted, int], list[Group]]
+
+
 @dataclass
 class Sampled:
     """The groups of this replica.
@@ -57,7 +62,20 @@ class Sampled:
     position: int = 0
 
 
-def sample_groups(learner: Learner, step: int, clock: Clock) -> Sampled:
+def answer_now(learner: Learner, step: int, clock: Clock) -> Answer:
+    """Groups that are generated and verified when they are asked for."""
+
+    def answer(wanted: Wanted, extra: int) -> list[Group]:
+        rollouts = generate(learner, step, wanted.numbers, wanted.position, extra)
+        clock.lap("rollout")
+        scored = score_rollouts(learner, rollouts)
+        clock.lap("verify")
+        return scored
+
+    return answer
+
+
+def sample_groups(learner: Learner, step: int, answer: Answer) -> Sampled:
     """Answer and score the prompts of a step from `learner.position` of the stream on; collective.
 
     Raises:
@@ -67,10 +85,7 @@ def sample_groups(learner: Learner, step: int, clock: Clock) -> Sampled:
     wanted = Wanted(list(range(rlvr.prompts_per_step)), learner.position)
     found = Sampled([])
     for extra in range(rlvr.max_extra_rounds + 1):
-        rollouts = generate(learner, step, wanted.numbers, wanted.position, extra)
-        clock.lap("rollout")
-        scored = score_rollouts(learner, rollouts)
-        clock.lap("verify")
+        scored = answer(wanted, extra)
         found.extra_rounds, found.position = extra, wanted.end
         if not rlvr.dynamic_sampling:
             found.groups = scored

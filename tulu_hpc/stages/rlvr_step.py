@@ -8,6 +8,7 @@ from typing import Any
 from tulu_hpc.rollout.engine import Completion
 from tulu_hpc.rollout.texts import ended_itself
 from tulu_hpc.stages import rlvr_gate, rlvr_metrics, rlvr_values
+from tulu_hpc.stages.rlvr_ahead import Ahead
 from tulu_hpc.stages.rlvr_learner import Learner
 from tulu_hpc.stages.rlvr_loss import policy_loss
 from tulu_hpc.stages.rlvr_metrics import RolloutStats
@@ -21,22 +22,36 @@ from tulu_hpc.stages.rlvr_off_policy import (
 )
 from tulu_hpc.stages.rlvr_packs import add_logprobs, minibatch_of, pack_groups
 from tulu_hpc.stages.rlvr_rollouts import Group
-from tulu_hpc.stages.rlvr_sampling import sample_groups, sampling_metrics
+from tulu_hpc.stages.rlvr_sampling import answer_now, sample_groups, sampling_metrics
 from tulu_hpc.stages.rollouts import LOSSES, is_replica_leader, lost_verdicts
 from tulu_hpc.training.normalisation import global_counts
 from tulu_hpc.training.step import StepResult, train_step
 
 
 def rollout_step(
-    learner: Learner, step: int, *, check_mismatch: bool, stop_requested: bool
+    learner: Learner, step: int, *, check_mismatch: bool, stop_requested: bool, ahead: Ahead | None = None
 ) -> tuple[dict[str, float], bool]:
-    """One step on this process's share of the prompts: metrics of the whole job, and whether some rank is to stop."""
+    """One step on this process's share of the prompts: metrics of the whole job, and whether some rank is to stop.
+
+    Args:
+        ahead: who has the groups of an asynchronous run.
+    """
     config, groups = learner.config, learner.run.groups
     clock = rlvr_metrics.Clock()
     learner.begin_step()
-    sampled = sample_groups(learner, step, clock)
-    verdicts = count_verdicts(learner, step)
-    ages = require_fresh_everywhere(groups, named_samples(sampled.groups), learner.versions, most=0)
+    if ahead is None:
+        sampled = sample_groups(learner, step, answer_now(learner, step, clock))
+        own_verdicts = learner.pool.take_stats().as_dict() if learner.pool else None
+    else:
+        ahead.begin(step)
+        clock.lap("weights")
+        sampled = sample_groups(learner, step, ahead.answer(step, clock))
+        ahead.go_on(step, sampled.position)
+        own_verdicts = ahead.verdicts if ahead.producer else None
+    verdicts = count_verdicts(learner, step, own_verdicts)
+    most = config.asynchrony.max_staleness
+    ages = require_fresh_everywhere(groups, named_samples(sampled.groups), learner.versions, most)
+    weights_before = learner.trainer.step
     minibatches = [
         pack_groups(learner, [group for group in sampled.groups if minibatch_of(group.number, config) == index])
         for index in range(config.rlvr.minibatches)
@@ -100,17 +115,22 @@ def rollout_step(
         **clock.metrics(),
     }
     learner.position = sampled.position
+    if ahead is not None:
+        metrics["rollout/stale_refused"] = float(ahead.refused)
+        ahead.finish_step(step, sampled.groups, weights_before)
     return metrics, any(each["stop"] for each in shares)
 
 
-def count_verdicts(learner: Learner, step: int) -> dict[str, int]:
+def count_verdicts(learner: Learner, step: int, own: dict[str, int] | None) -> dict[str, int]:
     """Verdicts of this step, all replicas together, before anything is trained on them.
+
+    Args:
+        own: those of this replica, on its leader.
 
     Raises:
         VerifierError: too many were lost.
     """
-    pool = learner.pool
-    shares = learner.run.groups.all_gather_object(pool.take_stats().as_dict() if pool else None)
+    shares = learner.run.groups.all_gather_object(own)
     counts = [share for share in shares if share is not None]
     return lost_verdicts(counts, learner.config.verifier.max_lost_share, f"rlvr step {step}")
 

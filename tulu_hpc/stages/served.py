@@ -106,15 +106,19 @@ class ServedEngine:
         self.version = 0
         self._held: int | None = None
         self._ready = False
-        vllm = config.rollout.vllm
-        self.client = VllmEngine(
+        self.client = self.new_client(addresses, own)
+
+    def new_client(self, addresses: Sequence[Address], own: Sequence[Server] = ()) -> VllmEngine:
+        """A client of its own state for these servers; `own` are restarted by it when they are dead."""
+        vllm = self.config.rollout.vllm
+        return VllmEngine(
             addresses,
-            vocab_size=run.architecture.vocab_size,
-            max_in_flight=config.rollout.max_sequences,
+            vocab_size=self.run.architecture.vocab_size,
+            max_in_flight=self.config.rollout.max_sequences,
             deadline_seconds=vllm.deadline_seconds,
             attempts=vllm.attempts,
             probe_seconds=vllm.probe_seconds,
-            logprobs_mode=logprobs_mode_for(config.rollout.temperature),
+            logprobs_mode=logprobs_mode_for(self.config.rollout.temperature),
             own=own,
             start_seconds=vllm.start_seconds,
             sync_timeout_seconds=vllm.sync_timeout_seconds,
@@ -124,6 +128,11 @@ class ServedEngine:
     @property
     def groups(self) -> Groups:
         return self.run.groups
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the servers hold other weights than the trainer's."""
+        return self._held != self.version
 
     def release(self) -> None:
         """Nothing to give back: the servers have memory of their own."""
@@ -136,7 +145,7 @@ class ServedEngine:
         Raises:
             EngineError: on every rank.
         """
-        if self._held != self.version:
+        if self.is_behind:
             self.send_weights()
         done: dict[int, Completion] = {}
         for _ in range(_ATTEMPTS):

@@ -32,9 +32,20 @@ _TASKS_PER_FRAME = 32
 _MAX_REPLY_BYTES = 1 << 20
 _READ_BYTES = 1 << 16
 LOST = ("lost: ", "error: ")  # how the reason of a verdict begins that scored 0 for want of one
+_REASONS = {  # the same by the count in `PoolStats` that it is in
+    "timeouts": "lost: no verdict within",
+    "crashes": "lost: the worker ended",
+    "garbage": "lost: the worker's answer is not a verdict",
+    "errors": "error: ",
+}
 _KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 
 Task = tuple[Mapping[str, Any], str]  # (record, completion)
+
+
+def loss_of(reason: str) -> str | None:
+    """The count in `PoolStats` that a verdict of this reason is in; None when it was not lost."""
+    return next((name for name, beginning in _REASONS.items() if reason.startswith(beginning)), None)
 
 
 class SandboxError(RuntimeError):
@@ -339,11 +350,11 @@ class VerifierPool:
                 )
         if worker.owed:
             reason = {
-                "timeouts": f"no verdict within {self.timeout:g} s",
-                "crashes": f"the worker ended with code {worker.process.returncode}",
-                "garbage": "the worker's answer is not a verdict",
+                "timeouts": f" {self.timeout:g} s",
+                "crashes": f" with code {worker.process.returncode}",
+                "garbage": "",
             }[failure]
-            results[worker.owed.popleft()] = Verdict(0.0, f"lost: {reason}")
+            results[worker.owed.popleft()] = Verdict(0.0, _REASONS[failure] + reason)
             setattr(self.stats, failure, getattr(self.stats, failure) + 1)
             waiting.extendleft(reversed(worker.owed))
         self.stats.restarts += 1
