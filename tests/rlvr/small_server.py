@@ -3,7 +3,7 @@
 Its tokens are a function of the request's seed, the position, and the bytes of the weights it holds (a checkpoint read
 through /update_weights), so a run that trains other weights, or asks in another order of updates, gets other samples.
 It knows pauses and weight versions per token as vLLM does. Its log-probs are those of no model: only what lies around
-the engine can be tested with it. It prints its port, and then a line per answered request.
+the engine can be tested with it. It prints its port.
 
 POST /tempo {"seconds": s} sets the time of a token; {"hold": n} lets n more requests finish and holds the others;
 {"broken": true}: token ids that do not exist. What is not given is off.
@@ -73,7 +73,6 @@ class Engine:
         while self.hold >= 0 and self.answered >= self.hold:
             await asyncio.sleep(0.005)
         self.answered += 1
-        print(sampling["seed"], spans[0]["version"], spans[-1]["version"], flush=True)
         ended = tokens[-1] == self.stop
         choice = {
             "token_ids": [-1] if self.broken else tokens,
