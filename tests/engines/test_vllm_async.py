@@ -125,7 +125,9 @@ def test_server_killed(inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixtur
     run_forked(2, _always_learn, config, {2: murder}, timeout=400)  # two starts of vLLM
     assert ids(tmp_path / "run") == ALL_IDS
     assert "was dead and has been started again" in capfd.readouterr().out
-    left = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and "vllm" in str(p.info["cmdline"])]
+    new = [each for each in psutil.process_iter(["cmdline", "ppid"]) if each.pid not in before]
+    # A child of another process is another test's.
+    left = [each for each in new if "vllm" in str(each.info["cmdline"]) and each.info["ppid"] in (1, os.getpid())]
     assert not left
 
 
