@@ -125,7 +125,8 @@ def test_server_killed(inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixtur
     run_forked(2, _always_learn, config, {2: murder}, timeout=400)  # two starts of vLLM
     assert ids(tmp_path / "run") == ALL_IDS
     assert "was dead and has been started again" in capfd.readouterr().out
-    left = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and "vllm" in str(p.info["cmdline"])]
+    ours = (p for p in psutil.process_iter(["cmdline"]) if str(inputs) in str(p.info["cmdline"]))
+    left = [p for p in ours if p.pid not in before]
     assert not left
 
 
