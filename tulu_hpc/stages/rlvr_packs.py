@@ -26,8 +26,8 @@ def pack_groups(learner: Learner, groups: Sequence[Group]) -> list[PackedBatch]:
     """Packs of the groups that carry a gradient.
 
     Columns of an answer: `reward`, `sample` (its number in the step), `answer` (in the group), `staleness` (in rollout
-    steps) and, where answers are compared with each other, `advantage`; of a token: `behaviour_logprobs`, `fresh` (1 where
-    the weights that are trained drew it, else 0).
+    steps) and, where answers are compared with each other, `advantage`; of a token: `behaviour_logprobs` and
+    `fresh` (1 where the weights that are trained drew it, else 0).
     """
     config = learner.config
     items = [

@@ -154,7 +154,7 @@ class Producer:
             return [self._done[key] for key in keys]
 
     def some(self, step: int, count: int) -> list[Sample]:
-        """Finished samples of a step, of different prompts: the first of the first round, in the order of the prompts."""
+        """Finished samples of a step, of different prompts and its first round, in the order of the prompts."""
         with self._change:
             return [self._done[key] for key in sorted(self._done) if key[:2] == (step, 0) and key.sample == 0][:count]
 
