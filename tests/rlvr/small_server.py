@@ -57,6 +57,8 @@ class Engine:
 
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         sampling = body["sampling_params"]
+        if "prompt_logprobs" in sampling:
+            return {"prompt_logprobs": [{str(token): {"logprob": -1.0}} for token in body["token_ids"]]}
         tokens: list[int] = []
         spans: list[dict[str, Any]] = []
         while len(tokens) < sampling["max_tokens"]:

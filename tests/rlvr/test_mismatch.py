@@ -15,17 +15,18 @@ LENGTHS = ([3, 20], [70])
 
 
 def groups(stale: tuple[int, ...] = ()) -> PackedBatch:
-    """Two groups of two answers and one; the answers `stale` (counted through the pack) are two steps old."""
+    """Two groups of two answers and one; older weights drew the answers `stale` (counted through the pack)."""
     items, answer = [], 0
     for number, lengths in enumerate(LENGTHS):
-        ages = [2.0 if answer + index in stale else 0.0 for index in range(len(lengths))]
+        fresh = [torch.full((n,), float(answer + index not in stale)) for index, n in enumerate(lengths)]
         answer += len(lengths)
         items.append(
             Item(
                 "group",
                 [TokenSequence(torch.arange(length) + 100 * number) for length in lengths],
                 prompt=torch.tensor([1, 2]),
-                per_sequence={"answer": [float(index) for index in range(len(lengths))], "staleness": ages},
+                per_sequence={"answer": [float(index) for index in range(len(lengths))]},
+                per_target={"fresh": fresh},
                 id=f"record{number}",
             )
         )

@@ -17,12 +17,14 @@ from tulu_hpc.data.datasets import Prompt
 from tulu_hpc.parallel.failures import shared_writing
 from tulu_hpc.rollout.engine import EngineError
 from tulu_hpc.rollout.texts import completion_text
+from tulu_hpc.stages import rlvr_gate
 from tulu_hpc.stages.rlvr_buffer import TRAINED, Journal, JournalError, Sample, SampleKey, identity, prune
 from tulu_hpc.stages.rlvr_learner import Learner
 from tulu_hpc.stages.rlvr_metrics import Clock
+from tulu_hpc.stages.rlvr_mismatch import Mismatch
 from tulu_hpc.stages.rlvr_off_policy import steps_behind
 from tulu_hpc.stages.rlvr_producer import Job, Producer, ProducerError
-from tulu_hpc.stages.rlvr_rollouts import Group, fingerprint, make_group, request_of, share_of_prompts
+from tulu_hpc.stages.rlvr_rollouts import Group, fingerprint, make_group, prompts_from, request_of, share_of_prompts
 from tulu_hpc.stages.rlvr_sampling import Answer, Wanted
 from tulu_hpc.stages.rollouts import LOSSES, broadcast_in_replica, is_replica_leader, verifier_record
 from tulu_hpc.stages.served import ServedEngine
@@ -31,6 +33,7 @@ from tulu_hpc.training.retention import STATE, valid_steps
 from tulu_hpc.verifiers.sandbox import loss_of
 
 _ATTEMPTS = 3  # at a step's groups, each after restarting what has died
+_SCORED = 4  # answers per step on which engine and trainer are compared
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Ahead:
         producer: on the leader of the replica.
         last: the last step that is trained.
         verdicts: of this replica in the present step, as `PoolStats` counts them.
+        mismatch: between engine and trainer on scores of the present step, on the main process.
         refused: samples of all replicas that were too old in the present step, and were made again.
         trained: samples of all steps so far.
     """
@@ -52,6 +56,7 @@ class Ahead:
     last: int
     trained: int = 0
     verdicts: dict[str, int] = field(default_factory=dict)
+    mismatch: Mismatch = field(default_factory=Mismatch)
     refused: int = 0
     _asked: int = 0  # the last step whose first round the producers know
     _pruned: list[int] = field(default_factory=list)
@@ -72,10 +77,14 @@ class Ahead:
         """
         rlvr = self.learner.config.rlvr
         self.refused, self.verdicts, self._rows = 0, dict.fromkeys(("verdicts", *LOSSES), 0), []
+        self.mismatch = Mismatch()
         if self.engine.is_behind:
-            if self.learner.config.asynchrony.update == "boundary":
+            boundary = self.learner.config.asynchrony.update == "boundary"
+            if boundary:
                 self._drain()
             self._send_weights()
+            if boundary:  # nothing is with the servers, so scores do not wait behind rollouts
+                self._check_scores(step)
         numbers = list(range(rlvr.prompts_per_step))
         if rlvr.dynamic_sampling:  # where the next step begins in the stream of prompts is not known yet
             self._want(step, Wanted(numbers, self.learner.position), 0)
@@ -223,6 +232,22 @@ class Ahead:
         finally:
             if self.producer is not None:
                 self.producer.set_updating(False)
+
+    def _check_scores(self, step: int) -> None:
+        """The mismatch gate on some answers of the step, scored by the engine with the weights that it has now."""
+        learner = self.learner
+        answers = []
+        if learner.run.groups.is_main:
+            assert self.producer is not None
+            count = learner.config.rlvr.prompts_per_step
+            prompts = prompts_from(learner.prompts, learner.config, learner.position, count)
+            answers = [
+                (prompts[sample.key.number].token_ids, sample.completion.token_ids)
+                for sample in self.producer.some(step, _SCORED)
+            ]
+        answers = learner.run.groups.broadcast_object(answers)
+        if answers:
+            self.mismatch = rlvr_gate.check_scores(learner, step, answers)
 
     def _refuse_stale(self, jobs: Sequence[Job]) -> int:
         """Have samples that are too old made again; how many there were, on all replicas."""

@@ -49,6 +49,30 @@ def check_own(learner: Learner, step: int, minibatches: Sequence[Sequence[Packed
     return mismatch
 
 
+def check_scores(learner: Learner, step: int, answers: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Mismatch:
+    """Compare on given (prompt, answer) token ids, which the engine scores with the weights that it has just been sent.
+
+    For samples that older weights drew: their own log-probs say nothing about the weights of today. Collective.
+
+    Returns:
+        What was found, on the main process.
+
+    Raises:
+        MismatchError: see `require_match`.
+    """
+    engine = learner.engine
+    assert isinstance(engine, ServedEngine)
+    mismatch = Mismatch()
+    scored = engine.score([[*prompt, *answer] for prompt, answer in answers])
+    prompts = [torch.tensor(prompt) for prompt, _ in answers]
+    ours = _trainer_logprobs(learner, prompts, [torch.tensor(answer) for _, answer in answers], temperature=1.0)
+    if learner.run.groups.is_main:
+        rows = [torch.tensor(row)[len(prompt) - 1 :] for row, prompt in zip(scored, prompts, strict=True)]
+        mismatch.add(ours, torch.cat(rows))
+    require_match(learner, step, mismatch, trained=False)
+    return mismatch
+
+
 def _compare(
     learner: Learner, minibatches: Sequence[Sequence[PackedBatch]], columns: Sequence[Sequence[Tensor]]
 ) -> Mismatch:

@@ -34,7 +34,7 @@ class Places(NamedTuple):
     Attributes:
         position_K: int64, from 0. length_K: int64, of the answer. token_K: int64 ids.
         sequence_id_K: int64, row of `samples`.
-        fresh_K: whether the answer was drawn by the weights that are trained; others are not compared.
+        fresh_K: whether the weights that are trained drew the token; others are not compared.
         samples: id of each answer of the pack, `RECORD#NUMBER`.
     """
 
@@ -66,7 +66,7 @@ class Places(NamedTuple):
 
 
 def places(pack: PackedBatch) -> Places:
-    """Of all targets of a pack of groups, whose answers have the columns `answer` and `staleness`."""
+    """Of all targets of a pack of groups, whose answers have the column `answer`, and their tokens `fresh`."""
     ids_K = pack.sequence_id_K
     lengths_Q = sequence_lengths(ids_K, pack.num_sequences).long()
     first_Q = lengths_Q.cumsum(0) - lengths_Q
@@ -75,7 +75,7 @@ def places(pack: PackedBatch) -> Places:
     numbers = pack.per_sequence.get("answer", empty).tolist()
     items = pack.per_sequence["item"].tolist()
     samples = [f"{pack.item_ids[item]}#{number:.0f}" for item, number in zip(items, numbers, strict=True)]
-    fresh_K = pack.per_sequence.get("staleness", empty)[ids_K] == 0
+    fresh_K = pack.per_target.get("fresh", empty) != 0
     return Places(position_K, lengths_Q[ids_K], pack.target_K, ids_K, fresh_K, samples)
 
 
@@ -133,7 +133,7 @@ class Mismatch:
     worst: Worst | None = None
 
     def add(self, trainer_K: Tensor, engine_K: Tensor, where: Places | None = None) -> None:
-        """Count the tokens of one pack (or of this rank's part of it), those of stale answers aside."""
+        """Count the tokens of one pack (or of this rank's part of it), those that older weights drew aside."""
         if where is not None:
             trainer_K, engine_K, where = trainer_K[where.fresh_K], engine_K[where.fresh_K], where.fresh()
         if trainer_K.numel() == 0:

@@ -35,6 +35,15 @@ def steps_behind(completion: Completion, versions: Sequence[int]) -> int:
     return len(versions) - bisect_right(versions, oldest)
 
 
+def fresh_tokens(completion: Completion, version: int) -> Tensor:
+    """1 where weights of this version drew a token, else 0; fp32, one per token."""
+    if not completion.version_spans:
+        return torch.full((len(completion.token_ids),), float(completion.policy_version == version))
+    return torch.cat(
+        [torch.full((span.end - span.start,), float(span.version == version)) for span in completion.version_spans]
+    )
+
+
 @dataclass
 class Staleness:
     """Ages of the samples of a step."""

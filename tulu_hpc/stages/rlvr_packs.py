@@ -12,7 +12,7 @@ from tulu_hpc.data.loader import pack_items
 from tulu_hpc.data.packed_batch import Item, PackedBatch, TokenSequence
 from tulu_hpc.parallel.layout import Layout
 from tulu_hpc.stages.rlvr_learner import Learner
-from tulu_hpc.stages.rlvr_off_policy import steps_behind
+from tulu_hpc.stages.rlvr_off_policy import fresh_tokens, steps_behind
 from tulu_hpc.stages.rlvr_rollouts import Group
 from tulu_hpc.training.runner import Runner, row_multiple
 
@@ -26,7 +26,8 @@ def pack_groups(learner: Learner, groups: Sequence[Group]) -> list[PackedBatch]:
     """Packs of the groups that carry a gradient.
 
     Columns of an answer: `reward`, `sample` (its number in the step), `answer` (in the group), `staleness` (in rollout
-    steps) and, where answers are compared with each other, `advantage`; of a token: `behaviour_logprobs`.
+    steps) and, where answers are compared with each other, `advantage`; of a token: `behaviour_logprobs` and
+    `fresh` (1 where the weights that are trained drew it, else 0).
     """
     config = learner.config
     items = [
@@ -41,7 +42,10 @@ def pack_groups(learner: Learner, groups: Sequence[Group]) -> list[PackedBatch]:
                 "staleness": [float(steps_behind(each, learner.versions)) for each in group.completions],
                 **({} if group.advantages is None else {"advantage": group.advantages}),
             },
-            per_target={"behaviour_logprobs": [torch.tensor(each.logprobs) for each in group.completions]},
+            per_target={
+                "behaviour_logprobs": [torch.tensor(each.logprobs) for each in group.completions],
+                "fresh": [fresh_tokens(each, learner.versions[-1]) for each in group.completions],
+            },
             id=group.prompt.record.id,
             source=group.prompt.record.source,
         )

@@ -153,6 +153,11 @@ class Producer:
         with self._change:
             return [self._done[key] for key in keys]
 
+    def some(self, step: int, count: int) -> list[Sample]:
+        """Finished samples of a step, of different prompts and its first round, in the order of the prompts."""
+        with self._change:
+            return [self._done[key] for key in sorted(self._done) if key[:2] == (step, 0) and key.sample == 0][:count]
+
     def forget(self, up_to: int) -> None:
         """Drop the samples of steps that are trained from memory."""
         with self._change:

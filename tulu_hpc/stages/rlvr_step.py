@@ -95,6 +95,7 @@ def rollout_step(
         "ages": ages if leader else None,
         "weights": weights if leader else None,
         "mismatch": mismatch if groups.tp_rank == 0 else None,
+        "scores": ahead.mismatch if ahead is not None and groups.is_main else None,
         "stop": stop_requested,
     }
     shares = groups.all_gather_object(share)
@@ -108,7 +109,7 @@ def rollout_step(
         **sampling_metrics(learner, sampled),
         **staleness_metrics(of("ages")),
         **importance_metrics(of("weights")),
-        **mismatch_metrics(of("mismatch")),
+        **mismatch_metrics([*of("mismatch"), *of("scores")]),
         **{f"verifier/{name}": float(verdicts[name]) for name in LOSSES},
         **update_metrics(results, updates),
         **(experience.all_metrics() if experience is not None else {}),
