@@ -122,7 +122,7 @@ def test_sampling(engine: VllmEngine, model: Any) -> None:
     (stopped,) = asyncio.run(engine.generate([Request([5, 9], Sampling(24, stop_token_ids=(stop,)), seed=3)]))
     assert stopped.token_ids == same.token_ids[: first + 1] and stopped.stop_reason == stop
 
-    engine._remotes[0].has_generate = False
+    engine.pool.remotes[0].has_generate = False
     (older,) = asyncio.run(engine.generate(asked[:1]))
     assert older.token_ids == same.token_ids and older.policy_version == 5
     assert torch.allclose(torch.tensor(older.logprobs), torch.tensor(same.logprobs), atol=LIMIT, rtol=0)
@@ -145,7 +145,7 @@ def test_requests_live_through_an_update(engine: VllmEngine, folder: Path, model
     async def both() -> list[Completion]:
         generation = asyncio.create_task(engine.generate(asked))
         # The update begins once all requests are at the server; it takes them seconds.
-        while sum(remote.in_flight for remote in engine._remotes) < len(asked):
+        while sum(remote.in_flight for remote in engine.pool.remotes) < len(asked):
             await asyncio.sleep(0)
         await asyncio.sleep(0.3)
         await engine.update_weights(iter(real.state(new)), 21)
@@ -249,13 +249,15 @@ def test_a_server_killed_while_it_generates(engine: VllmEngine, server: Server, 
 
     async def with_a_murder() -> list[Completion]:
         generation = asyncio.create_task(engine.generate(asked))
-        while sum(remote.in_flight for remote in engine._remotes) < len(asked):
+        while sum(remote.in_flight for remote in engine.pool.remotes) < len(asked):
             await asyncio.sleep(0)
         await asyncio.sleep(0.3)
         before[1].kill()
         return await generation
 
-    with pytest.raises(ServersLostError) as caught:
+    with pytest.raises(
+        ServersLostError, match=rf"no vLLM server is left for request '\d+': .*{server.address}"
+    ) as caught:
         asyncio.run(with_a_murder())
     wait_for(lambda: not any(_lives(process) for process in before[1:]), 20, "processes of the dead server", 0.05)
     assert asyncio.run(engine.revive()) == [str(server.address)]
@@ -270,7 +272,7 @@ def test_a_server_killed_while_it_generates(engine: VllmEngine, server: Server, 
 def test_an_engine_core_that_hangs(server: Server, shape: Architecture, model: Any) -> None:
     """SIGSTOP: the API server answers /health as ever, and the probe tells."""
     engine = engine_of(server, shape)
-    engine.probe_seconds = 1.0
+    engine.pool.probe_seconds = 1.0
     sync(engine, model, 70)
     core = max(real.processes(server)[2:], key=lambda process: process.memory_info().rss)
     core.suspend()

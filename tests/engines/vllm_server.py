@@ -24,11 +24,11 @@ PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
 needs_vllm = pytest.mark.skipif(not PYTHON.is_file(), reason="no .venv-vllm here: make rollout-engine makes it")
 
 
-def architecture(vocab_size: int, *, tied: bool) -> Architecture:
+def architecture(vocab_size: int, *, tied: bool, hidden_size: int = 64, intermediate_size: int = 96) -> Architecture:
     return Architecture(
         vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=96,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -39,14 +39,15 @@ def architecture(vocab_size: int, *, tied: bool) -> Architecture:
     )
 
 
-def write_model(folder: Path, *, tied: bool) -> Architecture:
+def write_model(folder: Path, *, tied: bool, **sizes: int) -> Architecture:
     """`folder/model` with a tokenizer, and the data files of `tiny_run`; its architecture."""
     tiny_run.write_inputs(folder)
     vocabulary = len(load_tokenizer(str(folder / "model")))
-    random_hf_model(architecture(vocabulary, tied=tied), folder / "new", seed=1, embedding_std=0.2, linear_std=0.1)
+    shape = architecture(vocabulary, tied=tied, **sizes)
+    random_hf_model(shape, folder / "new", seed=1, embedding_std=0.2, linear_std=0.1)
     for file in (folder / "new").iterdir():
         file.replace(folder / "model" / file.name)
-    return architecture(vocabulary, tied=tied)
+    return shape
 
 
 def options(folder: Path, **changes: Any) -> ServerOptions:
@@ -63,12 +64,16 @@ def options(folder: Path, **changes: Any) -> ServerOptions:
 
 def start(folder: Path, **changes: Any) -> Server:
     server = Server(options(folder, **changes), folder / "server.log")
+    wait(server)
+    return server
+
+
+def wait(server: Server) -> None:
     try:
         asyncio.run(server.wait_ready(240))
     except BaseException:
         server.stop()
         raise
-    return server
 
 
 def processes(server: Server) -> list[psutil.Process]:

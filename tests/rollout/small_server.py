@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from tulu_hpc.rollout.http import Address
@@ -43,7 +43,18 @@ def completion(body: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "stop_reason": None,
         "weight_versions": [{"version": "7", "start": 0, "end": len(tokens)}],
     }
-    return {"choices": [choice | changes]}
+    return {"request_id": f"generate-tokens-{body['request_id']}", "choices": [choice | changes]}
+
+
+class Events:
+    """A stream of events, each sent when it comes; `end` is sent after the last (a proper end by default)."""
+
+    def __init__(self, events: AsyncIterator[Any], end: bytes = b"data: [DONE]\n\n") -> None:
+        self.events, self.end = events, end
+
+
+def chunk(content: bytes) -> bytes:
+    return b"%x\r\n" % len(content) + content + b"\r\n"
 
 
 class SmallServer:
@@ -90,6 +101,12 @@ class SmallServer:
             found = handling.result()
             if isinstance(found, Raw):
                 writer.write(found.content)
+            elif isinstance(found, Events):
+                writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+                async for event in found.events:
+                    writer.write(chunk(b"data: " + json.dumps(event).encode() + b"\n\n"))
+                    await writer.drain()
+                writer.write((chunk(found.end) if found.end else b"") + b"0\r\n\r\n")
             elif isinstance(found, Status):
                 writer.write(answer_bytes(found.body, found.code))
             else:

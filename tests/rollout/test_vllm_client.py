@@ -98,10 +98,8 @@ def _once(failure: Any) -> Any:
         lambda body: completion(body, token_ids=[1, 2, 3, 50]),
         lambda body: completion(body, logprobs=None),
         lambda body: completion(body, logprobs={"content": [{"token_id": 0, "logprob": float("nan")}] * 4}),
-        lambda body: completion(body, weight_versions=[{"version": "dirty", "start": 0, "end": 4}]),
         lambda body: completion(body, weight_versions=[{"version": "7", "start": 1, "end": 4}]),
         lambda body: completion(body, weight_versions=[{"version": "7", "start": 0, "end": 3}]),
-        lambda body: completion(body, weight_versions=None),
         lambda body: {"choices": []},
         [],
     ],
@@ -150,6 +148,56 @@ def test_late_answers_are_hung_up_on() -> None:
     assert server.hung_up == 3 and server.most_open == 1
 
 
+def test_an_answer_to_another_attempt_is_dropped() -> None:
+    """A proxy that repeats an old answer: it is counted, and nobody gets it."""
+    first: dict[int, Any] = {}
+    repeated: set[int] = set()
+
+    async def repeat(server: SmallServer, path: str, body: Any) -> Any:
+        number = body["token_ids"][0]
+        if number not in first:
+            first[number] = completion(body)
+            return Status(500)
+        if number not in repeated:
+            repeated.add(number)
+            return first[number]
+        return completion(body)
+
+    server, asked = SmallServer(repeat), requests(3)
+    engine, found = run([server], asked, max_in_flight=1, attempts=4)
+    assert right(found, asked)
+    assert engine.late_answers == 3 and engine.retries == 6
+    assert sum("instead of 'tulu-r0-" in incident for incident in engine.take_incidents(10)) == 1
+
+
+@pytest.mark.parametrize(
+    "versions", [None, [{"version": "dirty", "start": 0, "end": 4}], [{"version": "default", "start": 0, "end": 4}]]
+)
+def test_a_server_with_weights_that_nobody_sent(versions: Any) -> None:
+    """It was started again by somebody else, or its update broke off: no requests until it has been sent weights."""
+
+    async def fresh(server: SmallServer, path: str, body: Any) -> Any:
+        return completion(body, weight_versions=versions)
+
+    servers, asked = [SmallServer(fresh), SmallServer()], requests(12)
+    engine, found = run(servers, asked, attempts=1)
+    assert right(found, asked)
+    assert [address for address, _ in engine.serving()] == [servers[1].address]
+    (reason,) = engine.missing()
+    assert str(servers[0].address) in reason and "weights" in reason
+
+
+def test_what_is_told_of_a_failure() -> None:
+    """Server, request and attempt, and what happened."""
+    _, error = run([SmallServer(_once(Status(500, "engine"))), SmallServer()], requests(1), attempts=1)
+    assert "request 'r0' failed 1 times: POST http://127.0.0.1:" in str(error) and "status 500" in str(error)
+    server = SmallServer(_once(lambda body: completion(body, finish_reason="abort")))
+    engine, _ = run([server], requests(1))
+    (incident,) = engine.take_incidents()
+    assert incident.startswith("attempt tulu-r0-") and f"-1 failed: {server.address}: finish_reason 'abort'" in incident
+    assert engine.take_incidents() == []
+
+
 def test_a_server_that_dies() -> None:
     """Its requests go to the other one; those it had answered are not asked for again."""
 
@@ -192,28 +240,6 @@ def test_all_servers_lost() -> None:
     _, error = run([SmallServer(die)], asked, max_in_flight=1)
     assert isinstance(error, ServersLostError)
     assert sorted(error.completions) == list(range(6)) and right(list(error.completions.values()), asked[:6])
-
-
-def test_servers_without_generate() -> None:
-    async def absent(server: SmallServer, path: str, body: Any) -> Any:
-        return Status(403)
-
-    async def old(server: SmallServer, path: str, body: Any) -> Any:
-        tokens = [(body["prompt"][0] + body["seed"] + place) % 50 for place in range(body["max_tokens"])]
-        choice = {"token_ids": tokens, "logprobs": {"token_logprobs": [-0.5] * 4}, "finish_reason": "length"}
-        return {"choices": [choice]}
-
-    server, asked = SmallServer(absent, v1_completions=old), requests(5)
-
-    async def generate() -> list[Completion]:
-        async with server:
-            engine = VllmEngine([server.address], vocab_size=50, max_in_flight=1)
-            engine.use([(server.address, 3)])
-            return await engine.generate(asked)
-
-    found = asyncio.run(generate())
-    assert right(found, asked) and {each.policy_version for each in found} == {3}
-    assert [path for path, _ in server.requests].count("/inference/v1/generate") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""A small asynchronous HTTP/1.1 client: one connection per request, a deadline for each, strict about what comes back.
+"""A small asynchronous HTTP/1.1 client: one connection per request, a deadline for each, strict about what comes back,
+whole or as a stream of events.
 
 One connection per request, because then a dead server is seen at once, and closing it tells the server to give up.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -61,26 +63,77 @@ async def request(address: Address, method: str, path: str, body: Any = None, *,
     Raises:
         HttpError: naming server and path: no answer in time, a broken one, or a status other than 2xx.
     """
+    pieces: list[bytes] = []
+    where = await _exchange(address, method, path, body, pieces.append, seconds)
+    payload = b"".join(pieces)
+    return _json(where, payload) if payload else None
+
+
+async def stream(address: Address, path: str, body: Any, on_event: Callable[[Any], None], *, seconds: float) -> None:
+    """Server-sent events in answer to a POST, each given to `on_event` as JSON when it arrives, up to [DONE].
+
+    Whether the last event was the last one meant to come is for the caller to see.
+
+    Raises:
+        HttpError: as `request`; also a stream that breaks off, or that holds an error.
+    """
+    where, rest, done = f"POST {address}{path}", b"", False
+
+    def take(piece: bytes) -> None:
+        nonlocal rest, done
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            name, _, value = line.strip().partition(b":")
+            done = done or (name == b"data" and value.strip() == b"[DONE]")
+            if name == b"data" and not done:
+                event = _json(where, value)
+                if isinstance(event, dict) and event.get("error") is not None:
+                    raise HttpError(f"{where}: error in the stream: {str(event['error'])[:500]}")
+                on_event(event)
+
+    await _exchange(address, "POST", path, body, take, seconds)
+    if rest.strip():
+        raise HttpError(f"{where}: the stream ended inside a line: {rest[:200]!r}")
+
+
+def _json(where: str, text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise HttpError(f"{where}: the answer is not JSON: {text[:200].decode(errors='replace')!r}") from None
+
+
+async def _exchange(
+    address: Address, method: str, path: str, body: Any, take: Callable[[bytes], None], seconds: float
+) -> str:
+    """Ask, and give the pieces of a good answer to `take`; what was asked where, for messages."""
     where = f"{method} {address}{path}"
+    failed: list[bytes] = []
     try:
         async with asyncio.timeout(seconds):
-            status, payload = await _exchange(address, method, path, body)
+            async with asyncio.timeout(CONNECT_SECONDS):
+                reader, writer = await asyncio.open_connection(address.host, address.port, limit=_MAX_HEADER_BYTES)
+            try:
+                writer.write(_message(address, method, path, body))
+                await writer.drain()
+                status, headers = await _read_head(reader)
+                while 100 <= status < 200:
+                    status, headers = await _read_head(reader)
+                good = 200 <= status < 300
+                await _read_body(reader, headers, take if good else failed.append)
+            finally:
+                # Nothing is waited for here: a cancellation that arrived meanwhile would be lost.
+                writer.transport.abort()
     except TimeoutError:
         raise HttpError(f"{where}: no complete answer within {seconds:g} s") from None
     except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
         raise HttpError(f"{where}: {error or type(error).__name__}") from error
-    text = payload.decode(errors="replace")
-    if not 200 <= status < 300:
-        raise HttpError(f"{where}: status {status}: {text[:500]}", status)
-    if not payload:
-        return None
-    try:
-        return json.loads(payload)
-    except ValueError:
-        raise HttpError(f"{where}: the answer is not JSON: {text[:200]!r}") from None
+    if not good:
+        raise HttpError(f"{where}: status {status}: {b''.join(failed)[:500].decode(errors='replace')}", status)
+    return where
 
 
-async def _exchange(address: Address, method: str, path: str, body: Any) -> tuple[int, bytes]:
+def _message(address: Address, method: str, path: str, body: Any) -> bytes:
     payload = b"" if body is None else json.dumps(body).encode()
     host = f"[{address.host}]" if ":" in address.host else address.host
     head = (
@@ -88,30 +141,19 @@ async def _exchange(address: Address, method: str, path: str, body: Any) -> tupl
     )
     if body is not None:
         head += "Content-Type: application/json\r\n"
-    head += f"Content-Length: {len(payload)}\r\n\r\n"
-    async with asyncio.timeout(CONNECT_SECONDS):
-        reader, writer = await asyncio.open_connection(address.host, address.port, limit=_MAX_HEADER_BYTES)
-    try:
-        writer.write(head.encode("ascii") + payload)
-        await writer.drain()
-        return await _read_response(reader)
-    finally:
-        writer.transport.abort()  # nothing is waited for here: a cancellation that arrived meanwhile would be lost
+    return f"{head}Content-Length: {len(payload)}\r\n\r\n".encode("ascii") + payload
 
 
-async def _read_response(reader: asyncio.StreamReader) -> tuple[int, bytes]:
-    status, headers = await _read_head(reader)
-    while 100 <= status < 200:
-        status, headers = await _read_head(reader)
+async def _read_body(reader: asyncio.StreamReader, headers: dict[str, str], take: Callable[[bytes], None]) -> None:
     if "chunked" in headers.get("transfer-encoding", "").lower():
-        return status, await _read_chunks(reader)
-    if "content-length" in headers:
+        await _read_chunks(reader, take)
+    elif "content-length" in headers:
         length = int(headers["content-length"])
         if not 0 <= length <= _MAX_BODY_BYTES:
             raise ValueError(f"an answer of {length} bytes")
-        return status, await reader.readexactly(length)
-    # Without a length a body that was cut off looks whole.
-    raise ValueError("an answer without Content-Length")
+        take(await reader.readexactly(length))
+    else:  # without a length a body that was cut off looks whole
+        raise ValueError("an answer without Content-Length")
 
 
 async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
@@ -127,8 +169,7 @@ async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]
     return int(first[1]), headers
 
 
-async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
-    parts: list[bytes] = []
+async def _read_chunks(reader: asyncio.StreamReader, take: Callable[[bytes], None]) -> None:
     total = 0
     while True:
         size = int((await reader.readuntil(b"\r\n")).split(b";")[0], 16)
@@ -138,7 +179,7 @@ async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
         if size == 0:
             while await reader.readuntil(b"\r\n") != b"\r\n":
                 pass
-            return b"".join(parts)
-        parts.append(await reader.readexactly(size))
+            return
+        take(await reader.readexactly(size))
         if await reader.readexactly(2) != b"\r\n":
             raise ValueError("a chunk that is longer than it says")

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,11 @@ def free_port(host: str) -> int:
 
 
 class Server:
-    """One server of ours: start, wait until it serves, end. It ends with this process, however this process ends."""
+    """One server of ours: start, wait until it serves, end. It ends with this process, however this process ends.
+
+    Attributes:
+        ready: it has answered since it was started last.
+    """
 
     def __init__(self, options: ServerOptions, log: Path, port: int = 0) -> None:
         """Start it.
@@ -142,6 +147,7 @@ class Server:
         self._launch()
 
     def _launch(self) -> None:
+        self.ready, self._started = False, time.monotonic()
         command = [self.options.python, "-m", "tulu_hpc_vllm.serve", str(os.getpid())]
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -161,6 +167,10 @@ class Server:
     def is_running(self) -> bool:
         """Whether its processes exist, which does not mean that it serves."""
         return self._process.poll() is None
+
+    def is_starting(self, seconds: float) -> bool:
+        """Whether it runs, has not answered yet, and was started no longer than this ago."""
+        return self.is_running() and not self.ready and time.monotonic() - self._started < seconds
 
     def wait(self) -> int:
         """Exit code, when it has ended."""
@@ -183,6 +193,7 @@ class Server:
                     except HttpError:
                         await asyncio.sleep(0.2)
                 await self._first_token(seconds)
+                self.ready = True
         except TimeoutError:
             raise EngineError(f"{self.address}: vLLM does not serve after {seconds:g} s:\n{self.log_tail()}") from None
 

@@ -1,15 +1,14 @@
 """The vLLM engine: completions from one or more servers, asked over HTTP.
 
 A request is with at most one server at a time and yields one completion: it is asked again only after its last attempt
-has failed and its connection is closed. Routing: the live server with the fewest requests of this client.
+has failed and its connection is closed, and an answer to any other attempt is dropped. Routing is in `vllm_pool`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,39 +18,30 @@ from torch import Tensor
 from tulu_hpc.rollout import vllm_wire as wire
 from tulu_hpc.rollout.engine import Completion, EngineError, GenerationStats, Request, ServersLostError
 from tulu_hpc.rollout.http import Address, HttpError, request
-from tulu_hpc.rollout.server import GENERATE, LogprobsMode, Server, probe
+from tulu_hpc.rollout.revival import revive, silence
+from tulu_hpc.rollout.server import GENERATE, LogprobsMode, Server
+from tulu_hpc.rollout.vllm_attempt import Attempt, Attempts, OtherAnswerError, exchange
+from tulu_hpc.rollout.vllm_pool import Pool, Remote
 from tulu_hpc.rollout.weight_sync import Channel, push_checkpoint, push_gloo
 
 _REFUSED = (400, 422)  # the request itself is wrong: another server would refuse it too
-_ABSENT = (403, 404, 405)  # the endpoint is not there
-
-
-@dataclass
-class _Remote:
-    """A server as this client sees it; `version` is None while its weights are unknown or half replaced."""
-
-    address: Address
-    alive: bool = True
-    version: int | None = None
-    has_generate: bool = True
-    in_flight: int = 0
-    dead: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class VllmEngine:
-    """Client of vLLM servers.
+    """Client of vLLM servers. Several calls of `generate` may be under way at once, in one event loop.
 
     Args:
         addresses: of the servers.
         vocab_size: token ids beyond it are an error.
         max_in_flight: requests of this client at one server.
         deadline_seconds: of one attempt at one request.
-        attempts: per request.
+        attempts: per request, not counting those that a server's death ended.
         probe_seconds: between two questions to each server while requests are with it; also their deadline.
         logprobs_mode: how the servers were started. `raw_logprobs` gives the policy's log-probs at temperature 1 (and
             for greedy answers), `processed_logprobs` at any other. None: nobody reads the log-probs, any will do.
         own: servers that this process started, restarted when they are dead; parallel to the first addresses.
-        start_seconds: for one of `own` to start.
+        start_seconds: for one of `own` to start, and for servers elsewhere to come back when none is left.
+        incidents: where to note what went wrong and was made good; several clients may share it.
     """
 
     def __init__(
@@ -68,21 +58,24 @@ class VllmEngine:
         start_seconds: float = 600.0,
         sync_timeout_seconds: float = 60.0,
         bucket_bytes: int = 256 << 20,
+        incidents: list[str] | None = None,
     ) -> None:
         if not addresses:
             raise ValueError("no vLLM servers")
         if max_in_flight < 1 or attempts < 1:
             raise ValueError(f"max_in_flight {max_in_flight} and attempts {attempts} must be at least 1")
-        self.vocab_size, self.max_in_flight = vocab_size, max_in_flight
-        self.deadline_seconds, self.attempts, self.probe_seconds = deadline_seconds, attempts, probe_seconds
+        self.vocab_size, self.deadline_seconds, self.attempts = vocab_size, deadline_seconds, attempts
         self.logprobs_mode, self.own, self.start_seconds = logprobs_mode, list(own), start_seconds
         self.bucket_bytes = bucket_bytes
+        self.pool = Pool(addresses, max_in_flight, probe_seconds)
         self.stats = GenerationStats()
         self.retries = 0  # attempts that failed and were made again
-        self.updating = False  # weights are being sent: a server may be slow to answer, and is not asked
-        self._remotes = [_Remote(address) for address in addresses]
-        self._channels = {address: Channel(address, sync_timeout_seconds) for address in addresses}
-        self._free: asyncio.Condition
+        self.late_answers = 0  # answers to other attempts, dropped
+        self.incidents: list[str] = [] if incidents is None else incidents
+        self._channels = [
+            Channel(remote.address, sync_timeout_seconds, partial(setattr, remote, "version"))
+            for remote in self.pool.remotes
+        ]
 
     # Generation
 
@@ -102,22 +95,17 @@ class VllmEngine:
         for each in requests:
             self._check(each)
         started = time.perf_counter()
-        self._free = asyncio.Condition()
-        for remote in self._remotes:
-            remote.in_flight, remote.dead = 0, asyncio.Event()
-            if not remote.alive:
-                remote.dead.set()
-        probes = [asyncio.create_task(self._watch(remote)) for remote in self._remotes if remote.alive]
-        tasks = [asyncio.create_task(self._complete(each)) for each in requests]
-        for place, asked in enumerate(tasks):
-            asked.add_done_callback(partial(_tell, finished, place))
-        try:
-            if tasks:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        finally:
-            for task in (*tasks, *probes):
-                task.cancel()
-            await asyncio.gather(*tasks, *probes, return_exceptions=True)
+        async with self.pool.watching():
+            tasks = [asyncio.create_task(self._complete(Attempts(each, place))) for place, each in enumerate(requests)]
+            for place, asked in enumerate(tasks):
+                asked.add_done_callback(partial(_tell, finished, place))
+            try:
+                if tasks:
+                    await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
         done = {index: task for index, task in enumerate(tasks) if not task.cancelled()}
         completions = {index: task.result() for index, task in done.items() if task.exception() is None}
         self._count(requests, list(completions.values()), time.perf_counter() - started)
@@ -135,12 +123,11 @@ class VllmEngine:
         Raises:
             ValueError, ServersLostError, EngineError: as `generate`, after what came before has been handed out.
         """
-        ended = object()
-        queue: asyncio.Queue[Any] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[int, Completion] | None] = asyncio.Queue()
         whole = asyncio.create_task(self.generate(requests, lambda *found: queue.put_nowait(found)))
-        whole.add_done_callback(lambda _: queue.put_nowait(ended))
+        whole.add_done_callback(lambda _: queue.put_nowait(None))
         try:
-            while (found := await queue.get()) is not ended:
+            while (found := await queue.get()) is not None:
                 yield found
             await whole
         finally:  # also when the caller has had enough
@@ -181,71 +168,51 @@ class VllmEngine:
         self.stats.new_tokens += sum(len(each.token_ids) for each in completions)
         self.stats.seconds += seconds
 
-    async def _complete(self, each: Request) -> Completion:
+    async def _complete(self, attempts: Attempts) -> Completion:
+        """The completion of a request, after as many attempts as it takes."""
         problems: list[str] = []
-        lost_servers = 0
-        while len(problems) - lost_servers < self.attempts:
-            remote = await self._take(each, problems)
+        deaths = 0
+        while len(problems) - deaths < self.attempts:
+            attempt = attempts.next()
+            remote = await self.pool.take(attempts.name)
             try:
-                return await self._ask(remote, each)
+                return await self._ask(remote, attempt)
             except (HttpError, wire.MalformedError) as error:
                 if isinstance(error, HttpError) and error.status in _REFUSED:
-                    raise ValueError(f"request {each.id!r} was refused: {error}") from None
+                    raise ValueError(f"request {attempts.name!r} was refused: {error}") from None
                 problems.append(str(error))
                 self.retries += 1
-                await self._suspect(remote)
-                lost_servers += not remote.alive  # the death of a server is not the request's fault
+                self.late_answers += isinstance(error, OtherAnswerError)
+                if isinstance(error, wire.UnknownWeightsError):
+                    self.pool.exclude(remote, str(error))  # until the next update has reached it
+                await self.pool.suspect(remote, str(error))
+                deaths += not remote.alive  # the death of a server is not the request's fault
+                fate = "" if remote.alive else "; the server gets no requests until it has been sent weights"
+                self.incidents.append(f"attempt {attempt.id} failed: {error}{fate}")
             finally:
-                await self._give_back(remote)
-        raise EngineError(f"request {each.id!r} failed {self.attempts} times: " + "; ".join(problems))
+                self.pool.give_back(remote)
+        raise EngineError(f"request {attempts.name!r} failed {self.attempts} times: " + "; ".join(problems))
 
-    async def _take(self, each: Request, problems: Sequence[str]) -> _Remote:
-        """A place at the live server with the fewest requests; waits for one."""
-        async with self._free:
-            while True:
-                serving = [remote for remote in self._remotes if remote.alive]
-                if not serving:
-                    last = f": {problems[-1]}" if problems else ""
-                    raise ServersLostError(f"no vLLM server is left for request {each.id!r}{last}", {})
-                remote = min(serving, key=lambda candidate: candidate.in_flight)
-                if remote.in_flight < self.max_in_flight:
-                    remote.in_flight += 1
-                    return remote
-                await self._free.wait()
-
-    async def _give_back(self, remote: _Remote) -> None:
-        async with self._free:
-            remote.in_flight -= 1
-            self._free.notify_all()
-
-    async def _ask(self, remote: _Remote, each: Request) -> Completion:
+    async def _ask(self, remote: Remote, attempt: Attempt) -> Completion:
         """One attempt, given up when the server dies."""
-        attempt = asyncio.create_task(self._exchange(remote, each))
+        asking = asyncio.create_task(exchange(remote, attempt, self.vocab_size, self.deadline_seconds))
         death = asyncio.create_task(remote.dead.wait())
         try:
-            await asyncio.wait({attempt, death}, return_when=asyncio.FIRST_COMPLETED)
-            if attempt.done():
-                return attempt.result()
-            raise HttpError(f"{remote.address}: does not answer any more")
+            await asyncio.wait({asking, death}, return_when=asyncio.FIRST_COMPLETED)
+            if asking.done():
+                return asking.result()
+            raise HttpError(remote.why)
         finally:
-            attempt.cancel()
+            asking.cancel()
             death.cancel()
-            await asyncio.gather(attempt, death, return_exceptions=True)  # its connection is closed after this
+            await asyncio.gather(asking, death, return_exceptions=True)  # its connection is closed after this
 
-    async def _exchange(self, remote: _Remote, each: Request) -> Completion:
-        if remote.has_generate:
-            try:
-                answer = await self._post(remote, GENERATE, wire.generate_body(each))
-                return wire.parse_generate(answer, each, self.vocab_size, remote.version)
-            except HttpError as error:
-                if error.status not in _ABSENT:
-                    raise
-                remote.has_generate = False
-        answer = await self._post(remote, wire.COMPLETIONS, wire.completions_body(each))
-        return wire.parse_completions(answer, each, self.vocab_size, remote.version)
-
-    async def _post(self, remote: _Remote, path: str, body: Any) -> Any:
-        return await request(remote.address, "POST", path, body, seconds=self.deadline_seconds)
+    def take_incidents(self, most: int = 5) -> list[str]:
+        """What went wrong since the last call, one line each with server and attempt; after `most` only how many."""
+        found = self.incidents[:]
+        del self.incidents[: len(found)]  # others may add meanwhile
+        more = len(found) - most
+        return [*found[:most], f"{more} more attempts failed"] if more > 0 else found
 
     async def score(self, prompts: Sequence[Sequence[int]], seconds: float = 60.0) -> list[list[float]]:
         """Log-probs of given tokens (all but the first) under the engine's model at temperature 1, in one pass each.
@@ -253,67 +220,57 @@ class VllmEngine:
         Raises:
             EngineError: no server answers properly.
         """
-        serving = [remote.address for remote in self._remotes if remote.alive]
-        if not serving:
-            raise EngineError("no vLLM server is left")
-        scored = []
-        for tokens in prompts:
-            body = {"token_ids": list(tokens), "sampling_params": {"max_tokens": 1, "prompt_logprobs": 0}}
+        problems = []
+        for remote in self.pool.serving:
             try:
-                answer = await request(serving[0], "POST", GENERATE, body, seconds=seconds)
-                entries = answer["prompt_logprobs"][1:]
-                scored.append(
-                    [float(entry[str(token)]["logprob"]) for token, entry in zip(tokens[1:], entries, strict=True)]
-                )
-            except (HttpError, KeyError, TypeError, ValueError) as error:
-                raise EngineError(f"{serving[0]}: cannot score: {error!r}") from None
-        return scored
+                return [await _scores(remote.address, tokens, seconds) for tokens in prompts]
+            except (HttpError, LookupError, TypeError, ValueError) as error:
+                problems.append(f"{remote.address}: cannot score: {error!r}")
+        raise EngineError("; ".join(problems) or "no vLLM server is left")
 
-    # Liveness
-
-    async def _suspect(self, remote: _Remote) -> None:
-        """Find out whether a server that failed a request still serves."""
-        if remote.alive:
-            try:
-                await probe(remote.address, self.probe_seconds)
-            except HttpError:
-                await self._bury(remote)
-
-    async def _watch(self, remote: _Remote) -> None:
-        """Ask the engine from time to time; two failures in a row are a death."""
-        failures = 0
-        while failures < 2:
-            await asyncio.sleep(self.probe_seconds)
-            if remote.in_flight == 0 or self.updating:
-                continue
-            try:
-                await probe(remote.address, self.probe_seconds)
-                failures = 0
-            except HttpError:
-                failures += 1
-        await self._bury(remote)
-
-    async def _bury(self, remote: _Remote) -> None:
-        remote.alive, remote.version = False, None
-        remote.dead.set()
-        async with self._free:
-            self._free.notify_all()
+    # Servers
 
     @property
     def addresses(self) -> list[Address]:
         """Of all servers, dead ones included."""
-        return [remote.address for remote in self._remotes]
+        return [remote.address for remote in self.pool.remotes]
+
+    @property
+    def updating(self) -> bool:
+        """Weights are being sent, by this client or another: servers may be slow, and are not asked if they live."""
+        return self.pool.updating
+
+    @updating.setter
+    def updating(self, updating: bool) -> None:
+        self.pool.updating = updating
 
     def serving(self) -> list[tuple[Address, int | None]]:
         """Live servers with their version, None before the first update."""
-        return [(remote.address, remote.version) for remote in self._remotes if remote.alive]
+        return [(remote.address, remote.version) for remote in self.pool.serving]
+
+    def missing(self) -> list[str]:
+        """Why each server that gets no requests gets none."""
+        return [remote.why for remote in self.pool.remotes if not remote.alive]
+
+    async def torn(self) -> list[str]:
+        """Why each server that answers, but gets no requests, gets none: it can be sent weights at once."""
+        lost = [remote for remote in self.pool.remotes if not remote.alive]
+        found = await asyncio.gather(*(silence(remote.address, self.pool.probe_seconds) for remote in lost))
+        return [remote.why for remote, problem in zip(lost, found, strict=True) if problem is None]
 
     def use(self, states: Sequence[tuple[Address, int | None]]) -> None:
-        """Take over what the client that sends the weights knows: servers that serve, and their versions."""
+        """Take over what the client that sends the weights knows: servers that serve, and their versions.
+
+        May be called from another thread than that of the requests, which go on.
+        """
         versions = dict(states)
-        for remote in self._remotes:
-            remote.alive = remote.address in versions
-            remote.version = versions.get(remote.address)
+        for remote in self.pool.remotes:
+            if remote.address not in versions:
+                self.pool.exclude(remote, f"{remote.address}: did not take the last weights")
+                continue
+            if remote.version != versions[remote.address]:
+                remote.reports += 1
+            self.pool.admit(remote, versions[remote.address])
 
     async def health(self) -> dict[str, Any]:
         """Servers that answer, and their weights.
@@ -321,68 +278,88 @@ class VllmEngine:
         Raises:
             EngineError: none does.
         """
-        answers = await asyncio.gather(
-            *(probe(remote.address, self.probe_seconds) for remote in self._remotes), return_exceptions=True
-        )
-        serving = [str(r.address) for r, answer in zip(self._remotes, answers, strict=True) if answer is None]
+        remotes = self.pool.remotes
+        answers = await asyncio.gather(*(silence(remote.address, self.pool.probe_seconds) for remote in remotes))
+        serving = [str(remote.address) for remote, answer in zip(remotes, answers, strict=True) if answer is None]
         if not serving:
-            raise EngineError("no vLLM server answers: " + "; ".join(str(answer) for answer in answers))
+            raise EngineError("no vLLM server answers: " + "; ".join(map(str, answers)))
         return {
             "engine": "vllm",
             "serving": serving,
-            "silent": [str(remote.address) for remote in self._remotes if str(remote.address) not in serving],
-            "policy_version": {str(remote.address): remote.version for remote in self._remotes},
+            "silent": [str(remote.address) for remote in remotes if str(remote.address) not in serving],
+            "policy_version": {str(remote.address): remote.version for remote in remotes},
             "sequences": self.stats.sequences,
         }
 
-    # Weights
+    async def revive(self) -> list[str]:
+        """Start those of our own servers again that are dead; return when at least one server answers, ours or not.
 
-    async def update_weights(self, tensors: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
-        """Send all weights to every server over gloo; one that fails serves no more until a later update reaches it.
+        Returns:
+            Addresses of those that were started again. They and all others that were dead need an update; those that
+            are still starting then get the one after it.
 
         Raises:
-            EngineError: no server took them.
+            EngineError: none answers within `start_seconds`.
+        """
+        dead = await revive(self.addresses, self.own, self.start_seconds, self.pool.probe_seconds)
+        for remote, channel in zip(self.pool.remotes, self._channels, strict=True):
+            if remote.address in dead:
+                channel.close()
+        return [str(address) for address in dead]
+
+    # Weights
+
+    async def update_weights(
+        self, tensors: Iterable[tuple[str, Tensor]] | None, version: int, *, only_missing: bool = False
+    ) -> None:
+        """Send all weights to every server over gloo; one that fails serves no more until a later update reaches it.
+
+        Args:
+            only_missing: leave out servers that have this version already.
+
+        Raises:
+            EngineError: no server has them.
             ValueError: no tensors.
         """
         if tensors is None:
             raise ValueError("vLLM servers hold weights of their own: give them tensors")
-        channels = [self._channels[remote.address] for remote in self._remotes]
-        self._settle(await push_gloo(channels, tensors, version, self.bucket_bytes), version)
+        await self._update(
+            version, only_missing, lambda channels: push_gloo(channels, tensors, version, self.bucket_bytes)
+        )
 
-    async def load_checkpoint(self, directory: Path, version: int) -> None:
+    async def load_checkpoint(self, directory: Path, version: int, *, only_missing: bool = False) -> None:
         """The same from a Hugging Face directory that the servers can read.
 
         Raises:
-            EngineError: no server took it.
+            EngineError: no server has them.
             ValueError: there are no safetensors in it.
         """
-        channels = [self._channels[remote.address] for remote in self._remotes]
-        self._settle(await push_checkpoint(channels, directory, version), version)
+        await self._update(version, only_missing, lambda channels: push_checkpoint(channels, directory, version))
 
-    def _settle(self, problems: Sequence[str | None], version: int) -> None:
-        for remote, problem in zip(self._remotes, problems, strict=True):
-            remote.alive, remote.version = problem is None, version if problem is None else None
-        if all(problem is not None for problem in problems):
+    async def _update(
+        self, version: int, only_missing: bool, push: Callable[[list[Channel]], Awaitable[list[str | None]]]
+    ) -> None:
+        pairs = zip(self.pool.remotes, self._channels, strict=True)
+        chosen = [pair for pair in pairs if not (only_missing and pair[0].alive and pair[0].version == version)]
+        self.pool.updating = True
+        try:
+            problems = await push([channel for _, channel in chosen])
+        finally:
+            self.pool.updating = False
+        for (remote, _), problem in zip(chosen, problems, strict=True):
+            if problem is None:
+                self.pool.admit(remote, version)
+            else:
+                self.pool.exclude(remote, problem)
+                remote.why = problem  # newer than what it was excluded for before
+        if not self.pool.serving:
             raise EngineError(f"no vLLM server took the weights {version}: " + "; ".join(map(str, problems)))
 
-    async def revive(self) -> list[str]:
-        """Restart those of our own servers that do not answer; their addresses. They need an update afterwards.
 
-        Raises:
-            EngineError: one does not start.
-        """
-
-        async def one(server: Server) -> str | None:
-            try:
-                await probe(server.address, self.probe_seconds)
-                return None
-            except HttpError:
-                self._channels[server.address].close()
-                await asyncio.to_thread(server.restart)
-                await server.wait_ready(self.start_seconds)
-                return str(server.address)
-
-        return [each for each in await asyncio.gather(*map(one, self.own)) if each]
+async def _scores(address: Address, tokens: Sequence[int], seconds: float) -> list[float]:
+    body = {"token_ids": list(tokens), "sampling_params": {"max_tokens": 1, "prompt_logprobs": 0}}
+    entries = (await request(address, "POST", GENERATE, body, seconds=seconds))["prompt_logprobs"][1:]
+    return [float(entry[str(token)]["logprob"]) for token, entry in zip(tokens[1:], entries, strict=True)]
 
 
 def _tell(finished: Callable[[int, Completion], None] | None, place: int, ended: asyncio.Task[Completion]) -> None:

@@ -1,6 +1,7 @@
 """Requests and answers of vLLM: token ids and log-probs, checked one by one.
 
-`/inference/v1/generate` says which weights drew which token; `/v1/completions` (servers without it) does not.
+`/inference/v1/generate` says which weights drew which token. `/v1/completions` (servers without it) does not: it is
+read as a stream, and each token is of the weights that the server had when it came.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ class MalformedError(RuntimeError):
     """An answer is not what the request asked for."""
 
 
+class UnknownWeightsError(MalformedError):
+    """An answer of weights that nobody sent: the server was started again, or an update of it broke off."""
+
+
 def generate_body(request: Request) -> dict[str, Any]:
     """Body of /inference/v1/generate."""
     return {
@@ -35,7 +40,7 @@ def completions_body(request: Request) -> dict[str, Any]:
         "model": "policy",
         "prompt": list(request.token_ids),
         "return_token_ids": True,
-        "stream": False,
+        "stream": True,
         **_sampling(request),
     }
 
@@ -82,15 +87,57 @@ def parse_generate(answer: Any, request: Request, vocab_size: int, version: int 
     return _completion(choice, request, tokens, values, spans)
 
 
-def parse_completions(answer: Any, request: Request, vocab_size: int, version: int | None) -> Completion:
-    """The same for /v1/completions, which never reports versions."""
-    choice = _only_choice(answer)
-    tokens = _tokens(choice.get("token_ids"), request.sampling, vocab_size)
-    logprobs = choice.get("logprobs")
-    found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
-    if not isinstance(found, list) or len(found) != len(tokens):
-        raise MalformedError(f"{len(tokens)} tokens, but {len(found) if isinstance(found, list) else 'no'} log-probs")
-    return _completion(choice, request, tokens, _logprobs(found), _spans(None, len(tokens), version))
+class StreamedAnswer:
+    """An answer of /v1/completions, event by event."""
+
+    def __init__(self) -> None:
+        self._tokens: list[Any] = []
+        self._logprobs: list[Any] = []
+        self._versions: list[int | None] = []  # of each token
+        self._end: dict[str, Any] | None = None
+
+    def add(self, event: Any, version: int | None) -> None:
+        """Take what came while the server had the weights `version`.
+
+        Raises:
+            MalformedError: it is no part of an answer.
+        """
+        choice = _only_choice(event)
+        tokens = choice.get("token_ids") or []
+        logprobs = choice.get("logprobs")
+        values = (logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None) or []
+        if not isinstance(tokens, list) or not isinstance(values, list) or len(tokens) != len(values):
+            raise MalformedError(f"not as many log-probs as tokens: {str(choice)[:200]}")
+        if self._end is not None:
+            raise MalformedError(f"more after the end of the answer: {str(choice)[:200]}")
+        self._tokens += tokens
+        self._logprobs += values
+        self._versions += [version] * len(tokens)
+        if choice.get("finish_reason") is not None:
+            self._end = choice
+
+    def completion(self, request: Request, vocab_size: int) -> Completion:
+        """The completion, when the stream has ended.
+
+        Raises:
+            MalformedError: it ended without a finish reason, however properly, or is not what was asked for.
+        """
+        if self._end is None:
+            raise MalformedError(f"the stream ended after {len(self._tokens)} tokens without a finish_reason")
+        tokens = _tokens(self._tokens, request.sampling, vocab_size)
+        return _completion(self._end, request, tokens, _logprobs(self._logprobs), _spans_of(self._versions))
+
+
+def _spans_of(versions: Sequence[int | None]) -> tuple[VersionSpan, ...]:
+    spans: list[VersionSpan] = []
+    for place, version in enumerate(versions):
+        if version is None:
+            raise UnknownWeightsError("the server does not say which weights it has, and none were sent to it")
+        if spans and spans[-1].version == version:
+            spans[-1] = VersionSpan(version, spans[-1].start, place + 1)
+        else:
+            spans.append(VersionSpan(version, place, place + 1))
+    return tuple(spans)
 
 
 def _only_choice(answer: Any) -> dict[str, Any]:
@@ -120,21 +167,20 @@ def _logprobs(found: Sequence[Any]) -> list[float]:
 
 def _spans(found: Any, count: int, version: int | None) -> tuple[VersionSpan, ...]:
     if found is None:
-        if version is None:
-            raise MalformedError("the server does not say which weights it has, and none were sent to it")
-        return (VersionSpan(version, 0, count),)
+        return _spans_of([version] * count)
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise MalformedError(f"weight versions that are none: {str(found)[:200]}")
     spans: list[VersionSpan] = []
     end = 0
-    entries: list[Any] = found if isinstance(found, list) else [None]
-    for entry in entries:
-        try:
-            span = VersionSpan(int(entry["version"]), int(entry["start"]), int(entry["end"]))
-        except (TypeError, KeyError, ValueError):
-            raise MalformedError(f"weights of no known version drew these tokens: {str(found)[:200]}") from None
-        if span.start != end or span.end <= span.start:
+    for entry in found:
+        start, stop = entry.get("start"), entry.get("end")
+        if type(start) is not int or type(stop) is not int or start != end or stop <= start:
             raise MalformedError(f"weight versions with gaps: {str(found)[:200]}")
-        end = span.end
-        spans.append(span)
+        try:
+            spans.append(VersionSpan(int(entry["version"]), start, stop))
+        except (TypeError, KeyError, ValueError):
+            raise UnknownWeightsError(f"weights {entry.get('version')!r}, which nobody sent, drew tokens") from None
+        end = stop
     if end != count:
         raise MalformedError(f"weight versions of {end} tokens, but there are {count}")
     return tuple(spans)

@@ -13,7 +13,7 @@ import asyncio
 import math
 import socket
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -91,10 +91,16 @@ def buckets(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterable[Bucke
 
 
 class Channel:
-    """The trainer's end of one server's group; opened at the first update and again after any error."""
+    """The trainer's end of one server's group; opened at the first update and again after any error.
 
-    def __init__(self, address: Address, timeout_seconds: float) -> None:
-        self.address, self.timeout_seconds = address, timeout_seconds
+    Args:
+        held: told of the version that the server has, before it draws a token from it.
+    """
+
+    def __init__(
+        self, address: Address, timeout_seconds: float, held: Callable[[int], None] = lambda version: None
+    ) -> None:
+        self.address, self.timeout_seconds, self.held = address, timeout_seconds, held
         self._group: Any = None
         self._store: Any = None
         self._key = ""
@@ -229,7 +235,9 @@ class Channel:
         """
         body = {"weight_version": str(version)}
         await self._call("POST", "/finish_weight_update", body, self.timeout_seconds + 10)
-        await resume(self.address, version)
+        await confirm_version(self.address, version)
+        self.held(version)
+        await self._call("POST", "/resume")
 
     def close(self) -> None:
         """Leave the group; workers that wait in it see the connection end."""
@@ -338,8 +346,8 @@ async def set_version(address: Address, version: str) -> None:
             raise
 
 
-async def resume(address: Address, version: int) -> None:
-    """Serve again, under a version that the server confirms (if it has versions).
+async def confirm_version(address: Address, version: int) -> None:
+    """Ask a server (that has versions) which weights it has.
 
     Raises:
         HttpError, SyncError: it holds another version.
@@ -351,7 +359,6 @@ async def resume(address: Address, version: int) -> None:
     except HttpError as error:
         if error.status != 404:
             raise
-    await request(address, "POST", "/resume", seconds=_CONTROL_SECONDS)
 
 
 def local_address(server: Address) -> str:

@@ -14,6 +14,7 @@ from tulu_hpc.objectives.advantages import group_advantages, overlong_share
 from tulu_hpc.rollout.engine import Completion, Request
 from tulu_hpc.rollout.sampling import derive_seed
 from tulu_hpc.rollout.texts import completion_text, ended_itself
+from tulu_hpc.stages.rlvr_buffer import SampleKey
 from tulu_hpc.stages.rlvr_learner import Learner
 from tulu_hpc.stages.rollouts import verifier_record, verify_in_replica
 
@@ -89,7 +90,8 @@ def request_of(learner: Learner, prompt: Prompt, step: int, number: int, sample:
     """The request for one sample, with random numbers of its own."""
     again = [extra_round] if extra_round else []
     seed = derive_seed("rollout", learner.config.run.seed, step, number, sample, *again)
-    return Request(prompt.token_ids, learner.sampling, seed)
+    name = str(SampleKey(step, extra_round, number, sample))
+    return Request(prompt.token_ids, learner.sampling, seed, name)
 
 
 def score_rollouts(learner: Learner, rollouts: Sequence[tuple[int, Prompt, list[Completion]]]) -> list[Group]:

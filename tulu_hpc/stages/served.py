@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.schema import RlvrConfig
@@ -106,12 +107,14 @@ class ServedEngine:
         self.version = 0
         self._held: int | None = None
         self._ready = False
+        self._incidents: list[str] = []  # of all clients of this process
+        self._clients: WeakSet[VllmEngine] = WeakSet()
         self.client = self.new_client(addresses, own)
 
     def new_client(self, addresses: Sequence[Address], own: Sequence[Server] = ()) -> VllmEngine:
         """A client of its own state for these servers; `own` are restarted by it when they are dead."""
         vllm = self.config.rollout.vllm
-        return VllmEngine(
+        client = VllmEngine(
             addresses,
             vocab_size=self.run.architecture.vocab_size,
             max_in_flight=self.config.rollout.max_sequences,
@@ -123,7 +126,10 @@ class ServedEngine:
             start_seconds=vllm.start_seconds,
             sync_timeout_seconds=vllm.sync_timeout_seconds,
             bucket_bytes=vllm.bucket_mib << 20,
+            incidents=self._incidents,
         )
+        self._clients.add(client)
+        return client
 
     @property
     def groups(self) -> Groups:
@@ -157,6 +163,7 @@ class ServedEngine:
         else:
             logs = f"; see {self.run.directory.root / 'rollout'}" if not self.config.rollout.vllm.servers else ""
             raise EngineError(f"rollout servers were lost {_ATTEMPTS} times in one step{logs}: {lost}")
+        self.say_incidents()
         leader = is_replica_leader(self.groups)
         ordered = [done[index] for index in range(len(requests))] if leader else None
         return list(broadcast_in_replica(self.groups, ordered))
@@ -173,6 +180,12 @@ class ServedEngine:
         done.update({missing[place]: completion for place, completion in found.items()})
         return lost
 
+    def say_incidents(self) -> None:
+        """Print what went wrong on the way to the completions and was made good, of all replicas."""
+        for incidents in self.groups.all_gather_object(self.client.take_incidents()):
+            for incident in incidents:
+                self.run.say(f"rollout: {incident}")
+
     def score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """See `VllmEngine.score`; the same on every rank.
 
@@ -186,28 +199,33 @@ class ServedEngine:
     def send_weights(self) -> None:
         """Give the servers the trainer's weights as `version`; servers of ours that are dead are started again.
 
-        A server that does not take them is left out until the next time; at least one must.
+        A server whose update breaks off is sent everything once more. One that is dead, or still starting, is left out
+        until the next time; at least one must take the weights, and if none is there, they are waited for.
 
         Raises:
             EngineError: on every rank.
         """
         failure = None
-        for _ in range(_ATTEMPTS):
+        for number in range(_ATTEMPTS):
             self._everywhere(self._start, self.groups.is_main)
             self.trainer.synchronise_parameters()
-            failure = self._checkpoint() if self.config.rollout.vllm.sync == "checkpoint" else self._stream()
-            if failure is None:
+            sync = self.config.rollout.vllm.sync
+            failure = (self._checkpoint if sync == "checkpoint" else self._stream)(number > 0)
+            torn = self.groups.broadcast_object(self._torn() if self.groups.is_main else None)
+            if failure is None and not torn:
                 break
-            self.run.say(failure)
+            self.run.say(failure or "; ".join(torn))
         if failure is not None:
             raise EngineError(failure)
-        serving = self.client.serving() if self.groups.is_main else None
-        serving = self.groups.broadcast_object(serving)
+        state = (self.client.serving(), self.client.missing()) if self.groups.is_main else None
+        serving, missing = self.groups.broadcast_object(state)
         self.client.use(serving)
-        missing = len(self.client.addresses) - len(serving)
-        if missing:
-            self.run.say(f"{missing} of {len(self.client.addresses)} rollout servers did not take the weights")
+        for client in set(self._clients) - {self.client}:  # requests that are under way leave a server without weights
+            client.use([(address, None) for address, _ in serving])
+        for reason in missing:
+            self.run.say(f"a rollout server is left out until the next weights: {reason}")
         self._held = self.version
+        self.say_incidents()
 
     def _start(self) -> None:
         """Rank 0: wait for servers that start, restart dead ones."""
@@ -218,18 +236,22 @@ class ServedEngine:
         for address in asyncio.run(self.client.revive()):
             self.run.say(f"rollout server {address} was dead and has been started again")
 
-    def _stream(self) -> str | None:
+    def _torn(self) -> list[str]:
+        """Servers that answer, but did not take the weights."""
+        return asyncio.run(self.client.torn())
+
+    def _stream(self, only_missing: bool) -> str | None:
         """Weights over gloo: every rank gives its shards, rank 0 sends. What went wrong, on every rank."""
         stream = iter_hf_tensors(self.trainer.models, self.run.architecture, self.groups)
         failure = None
         if self.groups.is_main:
             whole = ((name, tensor) for name, tensor in stream if tensor is not None)
-            failure = _failure(self.client.update_weights(whole, self.version))
+            failure = _failure(self.client.update_weights(whole, self.version, only_missing=only_missing))
         for _ in stream:  # on other ranks the whole stream; on rank 0 what a failed update left, so that nobody waits
             pass
         return str(message) if (message := self.groups.broadcast_object(failure)) else None
 
-    def _checkpoint(self) -> str | None:
+    def _checkpoint(self, only_missing: bool) -> str | None:
         """The same through a directory."""
         folder = (self.run.directory.root / "rollout" / "weights").absolute()
         save_hf(
@@ -242,7 +264,7 @@ class ServedEngine:
         )
         failure = None
         if self.groups.is_main:
-            failure = _failure(self.client.load_checkpoint(folder, self.version))
+            failure = _failure(self.client.load_checkpoint(folder, self.version, only_missing=only_missing))
             shutil.rmtree(folder)
         return str(message) if (message := self.groups.broadcast_object(failure)) else None
 

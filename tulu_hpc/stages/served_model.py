@@ -125,6 +125,9 @@ class ServedModel:
                 if problem is not None:
                     raise EngineError(problem)
             lost = next((found for found, _ in shares if found is not None), None)
+            for incidents in groups.all_gather_object(self.client.take_incidents()):
+                for incident in incidents:
+                    self.model.say(f"rollout: {incident}")
             if lost is None:
                 ordered = [done[index] for index in range(len(requests))] if leader else None
                 return list(broadcast_in_replica(groups, ordered))
