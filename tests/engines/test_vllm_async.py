@@ -138,7 +138,9 @@ def test_weights_in_flight(inputs: Path, server: Server, tmp_path: Path) -> None
         vllm={"servers": [str(server.address)]},
         async__update="in_flight",
         async__max_staleness=2,
-        rollout__max_new_tokens=96,
+        rollout__max_new_tokens=300,
+        optimizer__lr=1e-3,
+        train__pack_rows=512,
         train__save_every=None,
     )
     run_forked(2, _always_learn, config)
