@@ -137,8 +137,10 @@ def test_weights_in_flight(inputs: Path, server: Server, tmp_path: Path) -> None
         tmp_path / "run",
         vllm={"servers": [str(server.address)]},
         async__update="in_flight",
-        async__max_staleness=2,
-        rollout__max_new_tokens=96,
+        rollout__max_sequences=32,
+        rollout__max_new_tokens=300,
+        optimizer__lr=1e-3,
+        train__pack_rows=512,
         train__save_every=None,
     )
     run_forked(2, _always_learn, config)
@@ -149,8 +151,6 @@ def test_weights_in_flight(inputs: Path, server: Server, tmp_path: Path) -> None
     spans = [sample.completion.version_spans for sample in samples.values()]
     assert any(len(each) > 1 for each in spans), "no request lived through an update"
     rows = metrics(tmp_path / "run")
-    assert max(row["rollout/staleness_max"] for row in rows) <= 2
-    compared = [row["rollout/logprob_error_max"] for row in rows if "rollout/logprob_error_max" in row]
-    assert len(compared) > 1 and max(compared) < 1e-4, (
-        "tokens drawn after an update are by the weights that are trained"
-    )
+    assert max(row["rollout/staleness_max"] for row in rows) == 1
+    # On scores of what was finished, or on the tokens that the new weights drew of what was not.
+    assert all(row["rollout/logprob_error_max"] < 1e-4 for row in rows)

@@ -79,12 +79,10 @@ class Ahead:
         self.refused, self.verdicts, self._rows = 0, dict.fromkeys(("verdicts", *LOSSES), 0), []
         self.mismatch = Mismatch()
         if self.engine.is_behind:
-            boundary = self.learner.config.asynchrony.update == "boundary"
-            if boundary:
+            if self.learner.config.asynchrony.update == "boundary":
                 self._drain()
             self._send_weights()
-            if boundary:  # nothing is with the servers, so scores do not wait behind rollouts
-                self._check_scores(step)
+            self._check_scores(step)
         numbers = list(range(rlvr.prompts_per_step))
         if rlvr.dynamic_sampling:  # where the next step begins in the stream of prompts is not known yet
             self._want(step, Wanted(numbers, self.learner.position), 0)
@@ -236,6 +234,9 @@ class Ahead:
     def _check_scores(self, step: int) -> None:
         """The mismatch gate on some answers of the step, scored by the engine with the weights that it has now."""
         learner = self.learner
+        with_servers = sum(self._on_leaders(lambda producer: producer.busy))
+        if with_servers >= len(self.engine.client.serving()) * learner.config.rollout.max_sequences:
+            return  # they would wait behind the rollouts
         answers = []
         if learner.run.groups.is_main:
             assert self.producer is not None

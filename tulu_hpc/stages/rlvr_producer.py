@@ -153,6 +153,12 @@ class Producer:
         with self._change:
             return [self._done[key] for key in keys]
 
+    @property
+    def busy(self) -> int:
+        """Samples that are with the servers or the verifier."""
+        with self._change:
+            return len(self._busy)
+
     def some(self, step: int, count: int) -> list[Sample]:
         """Finished samples of a step, of different prompts and its first round, in the order of the prompts."""
         with self._change:
