@@ -305,7 +305,7 @@ def test_a_dead_server_of_two(inputs: Path, tmp_path: Path) -> None:
         addresses = [str(each.address) for each in servers]
         vllm = {"servers": addresses, "sync": "checkpoint", "start_seconds": 2.0}
         config = config_of(inputs, tmp_path / "none", rollout__vllm=vllm)
-        with pytest.raises(WorkerError, match="EngineError: .*no vLLM server is left: does not answer within 2 s"):
+        with pytest.raises(WorkerError, match=r"EngineError: .*no vLLM server is left: does not answer within 2 s"):
             run_forked(2, rlvr.run, config)
     finally:
         for each in servers:
