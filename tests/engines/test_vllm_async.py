@@ -18,7 +18,7 @@ from tests.rlvr import tiny_rlvr
 from tests.rlvr.tiny_rlvr import metrics, rlvr_config
 from tulu_hpc.config.schema import RlvrConfig
 from tulu_hpc.rollout.server import Server
-from tulu_hpc.stages import rlvr, rlvr_ahead, rlvr_rollouts
+from tulu_hpc.stages import rlvr, rlvr_ahead, rlvr_rollouts, served
 from tulu_hpc.stages.rlvr_buffer import Journal, journals
 
 pytestmark = [real.needs_vllm, pytest.mark.timeout(450)]
@@ -109,6 +109,27 @@ def test_trainer_killed(inputs: Path, server: Server, tmp_path: Path) -> None:
     assert [row["rollout/staleness_max"] for row in rows[:3]] == [0, 1, 1]
     assert all(row["rollout/staleness_max"] <= 1 for row in rows)
     assert all(row["rollout/logprob_error_max"] < 1e-4 for row in rows)
+
+
+def test_wrong_weights_are_noticed(inputs: Path, server: Server, tmp_path: Path) -> None:
+    """No sample of step 2 was drawn by the weights that it trains; the gate has the engine score some with them."""
+
+    def stage(config: RlvrConfig) -> None:
+        stream, calls = served.iter_hf_tensors, 0
+
+        def wrong(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            for name, tensor in stream(*args):
+                yield name, tensor * 1.05 if calls == 2 and name == "lm_head.weight" else tensor
+
+        served.iter_hf_tensors = wrong
+        _always_learn(config)
+
+    config = config_of(inputs, tmp_path / "run", vllm={"servers": [str(server.address)], "probe_seconds": 60.0})
+    with pytest.raises(WorkerError, match=r"MismatchError: step 2: .*nothing was trained: WEIGHTS: the engine held"):
+        run_forked(1, stage, config)
+    assert len(metrics(tmp_path / "run")) == 1
 
 
 def test_server_killed(inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

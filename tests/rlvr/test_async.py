@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from tests.parallel.forked import WorkerError, run_forked
-from tests.rlvr import tiny_rlvr
+from tests.rlvr import tiny_ppo, tiny_rlvr
 from tests.rlvr.tiny_rlvr import metrics, rlvr_config, same_metrics
 from tulu_hpc.config.loader import ConfigError, dump_yaml, load_config
 from tulu_hpc.config.schema import RlvrConfig
@@ -395,6 +395,33 @@ def test_dynamic_sampling(inputs: Path, server: SmallServer, tmp_path: Path, die
 
 
 _DYNAMIC: dict[str, Any] = {}
+
+
+def test_ppo(running: SmallServer, inputs: Path, tmp_path: Path) -> None:
+    """With a value model, at two replicas, one of them killed in step 3 and the run started again."""
+    tiny_ppo.write_inputs(tmp_path)
+    config = tiny_ppo.ppo_config(
+        tmp_path,
+        tmp_path / "run",
+        async__max_staleness=1,
+        rollout__engine="vllm",
+        rollout__temperature=1.0,
+        rollout__mismatch_max=1e9,
+        rollout__mismatch_mult_prob_error=1e9,
+        rollout__vllm={"servers": [str(running.address)], "sync": "checkpoint"},
+        train__async_save=False,
+    )
+    running.tempo()
+
+    def die(ahead: Any) -> None:
+        if ahead.learner.run.groups.rank == 1:
+            _die(ahead)
+
+    with pytest.raises(WorkerError, match="died without a word"):
+        run_forked(2, _before_training({3: die}), config)
+    run_forked(2, rlvr.run, config)
+    assert ids(tmp_path / "run") == [(step, number, 0, 0) for step in range(1, 5) for number in range(10)]
+    assert all(row["train/updates"] == 4 for row in metrics(tmp_path / "run"))
 
 
 def test_other_prompts_are_refused_before_the_first_checkpoint(
