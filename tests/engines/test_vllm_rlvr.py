@@ -161,8 +161,8 @@ def test_verdict_after_training(inputs: Path, tmp_path: Path, server: Server) ->
 
 
 def test_no_server_there(inputs: Path, tmp_path: Path) -> None:
-    config = config_of(inputs, tmp_path / "run", vllm={"servers": ["http://127.0.0.1:9"]})
-    with pytest.raises(WorkerError, match=r"no vLLM server took the weights 0: .*127\.0\.0\.1:9"):
+    config = config_of(inputs, tmp_path / "run", vllm={"servers": ["http://127.0.0.1:9"], "start_seconds": 1.0})
+    with pytest.raises(WorkerError, match=r"no vLLM server is left: http://127\.0\.0\.1:9: does not answer within 1 s"):
         in_processes(rlvr.run, config)
 
 

@@ -302,10 +302,9 @@ def test_a_dead_server_of_two(inputs: Path, tmp_path: Path) -> None:
         run_forked(1, _before_training({1: hold, 2: murder}), config)
         assert ids(tmp_path / "run") == ALL_IDS
         servers[1].process.kill()
-        addresses = [str(each.address) for each in servers]
-        vllm = {"servers": addresses, "sync": "checkpoint", "start_seconds": 2.0}
+        vllm = {"servers": [str(each.address) for each in servers], "sync": "checkpoint", "start_seconds": 1.0}
         config = config_of(inputs, tmp_path / "none", rollout__vllm=vllm)
-        with pytest.raises(WorkerError, match=r"EngineError: .*no vLLM server is left: does not answer within 2 s"):
+        with pytest.raises(WorkerError, match=r"EngineError: .*no vLLM server is left: http"):
             run_forked(2, rlvr.run, config)
     finally:
         for each in servers:

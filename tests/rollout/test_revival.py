@@ -58,8 +58,9 @@ def test_a_server_elsewhere_comes_back() -> None:
     async def run() -> None:
         async with SmallServer() as server:
             server.die()
-            waiting = asyncio.create_task(revive([server.address], [], 20.0, 1.0))
-            await asyncio.sleep(0)
+            told = asyncio.Event()
+            waiting = asyncio.create_task(revive([server.address], [], 20.0, 1.0, lambda reason: told.set()))
+            await told.wait()
             server._server = await asyncio.start_server(server._serve, server.address.host, server.address.port)
             assert await waiting == []
 

@@ -198,6 +198,35 @@ def test_what_is_told_of_a_failure() -> None:
     assert engine.take_incidents() == []
 
 
+def test_scores_are_asked_for_again() -> None:
+    """Like samples: a failure is not the end, a dead server's scores come from another."""
+    failed: set[int] = set()
+
+    async def score(server: SmallServer, path: str, body: Any) -> Any:
+        tokens = body["token_ids"]
+        if tokens[0] not in failed:
+            failed.add(tokens[0])
+            if tokens[0] == 0:
+                server.die()
+                await asyncio.Event().wait()
+            return Status(500)
+        entries = [None, *({str(token): {"logprob": -token / 8}} for token in tokens[1:])]
+        return {"request_id": body["request_id"], "prompt_logprobs": entries}
+
+    async def ask() -> list[list[float]]:
+        async with SmallServer(score) as one, SmallServer(score) as two:
+            engine = VllmEngine([one.address, two.address], vocab_size=50, probe_seconds=0.1, max_in_flight=1)
+            found = await engine.score([[number, 4, 8] for number in range(4)])
+            assert len(engine.serving()) == 1 and engine.retries == 4
+            one.die()
+            two.die()
+            with pytest.raises(ServersLostError):
+                await engine.score([[3, 4]])
+            return found
+
+    assert asyncio.run(ask()) == [[-0.5, -1.0]] * 4
+
+
 def test_a_server_that_dies() -> None:
     """Its requests go to the other one; those it had answered are not asked for again."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tulu_hpc.rollout.engine import EngineError
 from tulu_hpc.rollout.http import Address, HttpError
@@ -23,9 +23,16 @@ async def silence(address: Address, seconds: float) -> str | None:
 
 
 async def revive(
-    addresses: Sequence[Address], own: Sequence[Server], start_seconds: float, probe_seconds: float
+    addresses: Sequence[Address],
+    own: Sequence[Server],
+    start_seconds: float,
+    probe_seconds: float,
+    waiting: Callable[[str], None] = lambda reason: None,
 ) -> list[Address]:
     """Start those of `own` again that are dead (and not just starting); return when any server answers.
+
+    Args:
+        waiting: told why, when none answers at first.
 
     Returns:
         Those that were started again; they may be starting still.
@@ -43,6 +50,7 @@ async def revive(
             dead.append(server)
     await asyncio.gather(*(asyncio.to_thread(server.restart) for server in dead))
     if len(silent) == len(addresses):
+        waiting(f"waiting up to {start_seconds:g} s for a vLLM server: {'; '.join(map(str, found))}")
         await _wait_for_one(addresses, own, start_seconds, probe_seconds)
     return [server.address for server in dead]
 
@@ -58,7 +66,7 @@ async def _wait_for_one(
         deadline = time.monotonic() + start_seconds
         while (problem := await silence(address, probe_seconds)) is not None:
             if time.monotonic() > deadline:
-                raise EngineError(f"does not answer within {start_seconds:g} s: {problem}")
+                raise EngineError(f"{address}: does not answer within {start_seconds:g} s: {problem}")
             await asyncio.sleep(_POLL_SECONDS)
 
     pending = {asyncio.create_task(answers(address)) for address in addresses}

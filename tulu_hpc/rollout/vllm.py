@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from tulu_hpc.rollout import vllm_wire as wire
-from tulu_hpc.rollout.engine import Completion, EngineError, GenerationStats, Request, ServersLostError
-from tulu_hpc.rollout.http import Address, HttpError, request
+from tulu_hpc.rollout.engine import Completion, EngineError, GenerationStats, Request, Sampling, ServersLostError
+from tulu_hpc.rollout.http import Address, HttpError
 from tulu_hpc.rollout.revival import revive, silence
-from tulu_hpc.rollout.server import GENERATE, LogprobsMode, Server
-from tulu_hpc.rollout.vllm_attempt import Attempt, Attempts, OtherAnswerError, exchange
+from tulu_hpc.rollout.server import LogprobsMode, Server
+from tulu_hpc.rollout.vllm_attempt import Attempt, Attempts, OtherAnswerError, exchange, score
 from tulu_hpc.rollout.vllm_pool import Pool, Remote
 from tulu_hpc.rollout.weight_sync import Channel, push_checkpoint, push_gloo
+
+Answer = TypeVar("Answer")
 
 _REFUSED = (400, 422)  # the request itself is wrong: another server would refuse it too
 
@@ -169,14 +171,22 @@ class VllmEngine:
         self.stats.seconds += seconds
 
     async def _complete(self, attempts: Attempts) -> Completion:
-        """The completion of a request, after as many attempts as it takes."""
+        def ask(remote: Remote, attempt: Attempt) -> Coroutine[Any, Any, Completion]:
+            return exchange(remote, attempt, self.vocab_size, self.deadline_seconds)
+
+        return await self._persist(attempts, ask)
+
+    async def _persist(
+        self, attempts: Attempts, ask: Callable[[Remote, Attempt], Coroutine[Any, Any, Answer]]
+    ) -> Answer:
+        """The answer to a request, after as many attempts as it takes."""
         problems: list[str] = []
         deaths = 0
         while len(problems) - deaths < self.attempts:
             attempt = attempts.next()
             remote = await self.pool.take(attempts.name)
             try:
-                return await self._ask(remote, attempt)
+                return await _until_dead(remote, ask(remote, attempt))
             except (HttpError, wire.MalformedError) as error:
                 if isinstance(error, HttpError) and error.status in _REFUSED:
                     raise ValueError(f"request {attempts.name!r} was refused: {error}") from None
@@ -193,20 +203,6 @@ class VllmEngine:
                 self.pool.give_back(remote)
         raise EngineError(f"request {attempts.name!r} failed {self.attempts} times: " + "; ".join(problems))
 
-    async def _ask(self, remote: Remote, attempt: Attempt) -> Completion:
-        """One attempt, given up when the server dies."""
-        asking = asyncio.create_task(exchange(remote, attempt, self.vocab_size, self.deadline_seconds))
-        death = asyncio.create_task(remote.dead.wait())
-        try:
-            await asyncio.wait({asking, death}, return_when=asyncio.FIRST_COMPLETED)
-            if asking.done():
-                return asking.result()
-            raise HttpError(remote.why)
-        finally:
-            asking.cancel()
-            death.cancel()
-            await asyncio.gather(asking, death, return_exceptions=True)  # its connection is closed after this
-
     def take_incidents(self, most: int = 5) -> list[str]:
         """What went wrong since the last call, one line each with server and attempt; after `most` only how many."""
         found = self.incidents[:]
@@ -214,19 +210,25 @@ class VllmEngine:
         more = len(found) - most
         return [*found[:most], f"{more} more attempts failed"] if more > 0 else found
 
-    async def score(self, prompts: Sequence[Sequence[int]], seconds: float = 60.0) -> list[list[float]]:
+    async def score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probs of given tokens (all but the first) under the engine's model at temperature 1, in one pass each.
 
         Raises:
-            EngineError: no server answers properly.
+            ServersLostError, EngineError: as `generate`.
         """
-        problems = []
-        for remote in self.pool.serving:
+
+        async def one(place: int, tokens: Sequence[int]) -> list[float]:
+            attempts = Attempts(Request(tokens, Sampling(1), id=f"score {place}"), place)
+            return await self._persist(attempts, partial(score, seconds=self.deadline_seconds))
+
+        async with self.pool.watching():
+            tasks = [asyncio.create_task(one(place, tokens)) for place, tokens in enumerate(prompts)]
             try:
-                return [await _scores(remote.address, tokens, seconds) for tokens in prompts]
-            except (HttpError, LookupError, TypeError, ValueError) as error:
-                problems.append(f"{remote.address}: cannot score: {error!r}")
-        raise EngineError("; ".join(problems) or "no vLLM server is left")
+                return list(await asyncio.gather(*tasks))
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     # Servers
 
@@ -291,8 +293,11 @@ class VllmEngine:
             "sequences": self.stats.sequences,
         }
 
-    async def revive(self) -> list[str]:
+    async def revive(self, waiting: Callable[[str], None] = lambda reason: None) -> list[str]:
         """Start those of our own servers again that are dead; return when at least one server answers, ours or not.
+
+        Args:
+            waiting: told why, when none answers at first.
 
         Returns:
             Addresses of those that were started again. They and all others that were dead need an update; those that
@@ -301,7 +306,7 @@ class VllmEngine:
         Raises:
             EngineError: none answers within `start_seconds`.
         """
-        dead = await revive(self.addresses, self.own, self.start_seconds, self.pool.probe_seconds)
+        dead = await revive(self.addresses, self.own, self.start_seconds, self.pool.probe_seconds, waiting)
         for remote, channel in zip(self.pool.remotes, self._channels, strict=True):
             if remote.address in dead:
                 channel.close()
@@ -356,10 +361,18 @@ class VllmEngine:
             raise EngineError(f"no vLLM server took the weights {version}: " + "; ".join(map(str, problems)))
 
 
-async def _scores(address: Address, tokens: Sequence[int], seconds: float) -> list[float]:
-    body = {"token_ids": list(tokens), "sampling_params": {"max_tokens": 1, "prompt_logprobs": 0}}
-    entries = (await request(address, "POST", GENERATE, body, seconds=seconds))["prompt_logprobs"][1:]
-    return [float(entry[str(token)]["logprob"]) for token, entry in zip(tokens[1:], entries, strict=True)]
+async def _until_dead(remote: Remote, asking: Coroutine[Any, Any, Answer]) -> Answer:
+    """The answer, unless the server is given up before it comes."""
+    task, death = asyncio.create_task(asking), asyncio.create_task(remote.dead.wait())
+    try:
+        await asyncio.wait({task, death}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise HttpError(remote.why)
+    finally:
+        task.cancel()
+        death.cancel()
+        await asyncio.gather(task, death, return_exceptions=True)  # its connection is closed after this
 
 
 def _tell(finished: Callable[[int, Completion], None] | None, place: int, ended: asyncio.Task[Completion]) -> None:

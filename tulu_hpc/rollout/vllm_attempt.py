@@ -86,6 +86,27 @@ async def exchange(remote: Remote, attempt: Attempt, vocab_size: int, seconds: f
         raise type(error)(f"{remote.address}: {error}") from None
 
 
+async def score(remote: Remote, attempt: Attempt, *, seconds: float) -> list[float]:
+    """Log-probs of the request's tokens, all but the first, at temperature 1.
+
+    Raises:
+        HttpError, MalformedError: as `exchange`.
+    """
+    tokens = list(attempt.request.token_ids)
+    body = {
+        "request_id": attempt.id,
+        "token_ids": tokens,
+        "sampling_params": {"max_tokens": 1, "prompt_logprobs": 0},
+    }
+    answer = await request(remote.address, "POST", GENERATE, body, seconds=seconds)
+    try:
+        attempt.check_id(answer.get("request_id"))
+        entries = answer["prompt_logprobs"][1:]
+        return [float(entry[str(token)]["logprob"]) for token, entry in zip(tokens[1:], entries, strict=True)]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise wire.MalformedError(f"{remote.address}: no log-probs of a prompt: {error!r}") from None
+
+
 async def _generate(remote: Remote, attempt: Attempt, vocab_size: int, seconds: float) -> Completion:
     body = {"request_id": attempt.id, **wire.generate_body(attempt.request)}
     answer = await request(remote.address, "POST", GENERATE, body, seconds=seconds)

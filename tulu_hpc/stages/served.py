@@ -187,14 +187,27 @@ class ServedEngine:
                 self.run.say(f"rollout: {incident}")
 
     def score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """See `VllmEngine.score`; the same on every rank.
+        """See `VllmEngine.score`; the same on every rank. Servers that are lost on the way are replaced.
 
         Raises:
             EngineError: on every rank.
         """
-        box: list[Any] = []
-        self._everywhere(lambda: box.append(asyncio.run(self.client.score(prompts))), self.groups.is_main)
-        return list(self.groups.broadcast_object(box[0] if box else None))
+        scores: list[list[list[float]]] = []
+
+        def ask() -> str | None:
+            try:
+                scores.append(asyncio.run(self.client.score(prompts)))
+            except ServersLostError as error:
+                return str(error)
+            return None
+
+        for _ in range(_ATTEMPTS):
+            lost = self._everywhere(ask, self.groups.is_main)
+            if not lost:
+                return list(self.groups.broadcast_object(scores[0] if scores else None))
+            self.run.say(f"rollout servers lost: {lost}")
+            self.send_weights()
+        raise EngineError(f"rollout servers were lost {_ATTEMPTS} times in one step: {lost}")
 
     def send_weights(self) -> None:
         """Give the servers the trainer's weights as `version`; servers of ours that are dead are started again.
@@ -233,7 +246,7 @@ class ServedEngine:
             for server in self.own:
                 asyncio.run(server.wait_ready(self.config.rollout.vllm.start_seconds))
             self._ready = True
-        for address in asyncio.run(self.client.revive()):
+        for address in asyncio.run(self.client.revive(self.run.say)):
             self.run.say(f"rollout server {address} was dead and has been started again")
 
     def _torn(self) -> list[str]:

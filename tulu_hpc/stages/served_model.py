@@ -152,7 +152,7 @@ class ServedModel:
         """Have every server read the files; servers of ours that are dead are started again."""
 
         def load() -> list[tuple[Address, int | None]]:
-            for address in asyncio.run(self.client.revive()):
+            for address in asyncio.run(self.client.revive(self.model.say)):
                 self.model.say(f"rollout server {address} was dead and has been started again")
             asyncio.run(self.client.load_checkpoint(self.weights, 0))
             return self.client.serving()
