@@ -39,7 +39,7 @@ from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.layout import Groups
 
 MANIFEST, TORCH_METADATA = "manifest.json", ".metadata"
-FORMAT = 3
+FORMAT = 4
 # Of torch.save around each tensor, and its lines in .metadata; 1,550 measured.
 _RECORD_BYTES = 1600
 
