@@ -322,9 +322,13 @@ class VllmSection(Section):
     probe_seconds: float = Field(
         default=5.0, gt=0, description="Between questions to the engine; twice no answer in this time is a death."
     )
-    sync: Literal["gloo", "checkpoint"] = Field(
+    sync: Literal["gloo", "checkpoint", "nccl"] = Field(
         default="gloo",
-        description="`checkpoint`: new weights travel through a directory that the servers can read.",
+        description="How new weights travel. `checkpoint`: through a directory that the servers can read; `nccl`: from "
+        "GPU to GPU, not run on NCCL so far.",
+    )
+    nccl_library: str | None = Field(
+        default=None, description="Path of libnccl; empty: $VLLM_NCCL_SO_PATH, or the libnccl.so.2 of torch."
     )
     bucket_mib: int = Field(default=256, ge=1, description="Weights sent at a time.")
     sync_timeout_seconds: float = Field(default=60.0, gt=0, description="Of one bucket, or of one reload.")

@@ -23,7 +23,8 @@ from tulu_hpc.rollout.http import Address, HttpError, request
 
 PLUGIN = "tulu_hpc"
 LogprobsMode: TypeAlias = Literal["raw_logprobs", "processed_logprobs"]
-GLOO_BACKEND = "tulu_hpc_gloo"
+GLOO_BACKEND = "tulu_hpc_gloo"  # and files
+NCCL_BACKEND = "tulu_hpc_nccl"
 GENERATE = "/inference/v1/generate"
 PROBE_PATH = "/is_paused"  # answered by the engine core; /health is answered by the API server alone
 _END_SECONDS = 20.0
@@ -45,6 +46,8 @@ class ServerOptions:
         logprobs_mode: `raw_logprobs` of the untempered model or `processed_logprobs` at the sampling temperature.
         device: cpu or cuda.
         kv_cache_mib: of one worker; None: vLLM's own rule.
+        weight_backend: how it gets new weights.
+        sync_seconds: how long an NCCL worker waits for a bucket.
         extra_args: appended to the command line.
     """
 
@@ -58,6 +61,8 @@ class ServerOptions:
     logprobs_mode: LogprobsMode = "raw_logprobs"
     device: Literal["cpu", "cuda"] = "cpu"
     kv_cache_mib: int | None = None
+    weight_backend: str = GLOO_BACKEND
+    sync_seconds: float = 120.0
     extra_args: Sequence[str] = ()
 
     def arguments(self, port: int) -> list[str]:
@@ -68,7 +73,7 @@ class ServerOptions:
         arguments += ["--tensor-parallel-size", str(self.tensor_parallel), "--logprobs-mode", self.logprobs_mode]
         # Without this the model's generation_config.json would change how tokens are drawn.
         arguments += ["--generation-config", "vllm", "--enable-scale-out", "--disable-uvicorn-access-log"]
-        arguments += ["--weight-transfer-config", f'{{"backend": "{GLOO_BACKEND}"}}']
+        arguments += ["--weight-transfer-config", f'{{"backend": "{self.weight_backend}"}}']
         if self.device == "cpu":
             # The part of a split prompt draws a number that vLLM takes back on GPUs; on the CPU it dies of that.
             batched = str(max(_CPU_BATCHED_TOKENS, self.max_model_len))
@@ -85,6 +90,7 @@ class ServerOptions:
             name: value for name, value in os.environ.items() if not name.startswith(foreign) and name not in launcher
         }
         kept |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_PLUGINS": PLUGIN, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        kept["TULU_HPC_SYNC_SECONDS"] = f"{self.sync_seconds:g}"
         if self.device == "cpu":
             # No worker process beside the engine core, and no pinning to cores that the trainer uses too.
             kept |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

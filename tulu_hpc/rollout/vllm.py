@@ -43,6 +43,7 @@ class VllmEngine:
             for greedy answers), `processed_logprobs` at any other. None: nobody reads the log-probs, any will do.
         own: servers that this process started, restarted when they are dead; parallel to the first addresses.
         start_seconds: for one of `own` to start, and for servers elsewhere to come back when none is left.
+        channel: how weights travel to a server: `Channel` (gloo), or one of `nccl_sync`.
         incidents: where to note what went wrong and was made good; several clients may share it.
     """
 
@@ -60,6 +61,7 @@ class VllmEngine:
         start_seconds: float = 600.0,
         sync_timeout_seconds: float = 60.0,
         bucket_bytes: int = 256 << 20,
+        channel: Callable[[Address, float, Callable[[int], None]], Channel] = Channel,
         incidents: list[str] | None = None,
     ) -> None:
         if not addresses:
@@ -75,7 +77,7 @@ class VllmEngine:
         self.late_answers = 0  # answers to other attempts, dropped
         self.incidents: list[str] = [] if incidents is None else incidents
         self._channels = [
-            Channel(remote.address, sync_timeout_seconds, partial(setattr, remote, "version"))
+            channel(remote.address, sync_timeout_seconds, partial(setattr, remote, "version"))
             for remote in self.pool.remotes
         ]
 
@@ -317,7 +319,7 @@ class VllmEngine:
     async def update_weights(
         self, tensors: Iterable[tuple[str, Tensor]] | None, version: int, *, only_missing: bool = False
     ) -> None:
-        """Send all weights to every server over gloo; one that fails serves no more until a later update reaches it.
+        """Send all weights to every server; one that fails serves no more until a later update reaches it.
 
         Args:
             only_missing: leave out servers that have this version already.

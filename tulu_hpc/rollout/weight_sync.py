@@ -1,4 +1,5 @@
-"""New weights for running vLLM servers under Hugging Face names: bucket by bucket over gloo, or from files.
+"""New weights for running vLLM servers under Hugging Face names: bucket by bucket over gloo (or NCCL: `nccl_sync`), or
+from files.
 
 The weights come as a stream of whole tensors; one bucket is held at a time. Every server has a group of its own, so a
 server that dies in an update does not take the others with it. An update always pauses the server (requests in flight
@@ -30,6 +31,7 @@ from tulu_hpc.rollout.server import probe
 DIRTY = "dirty"
 _CONTROL_SECONDS = 30.0
 _POLL_SECONDS = 0.0005
+_HOST = torch.device("cpu")
 
 
 class SyncError(RuntimeError):
@@ -63,31 +65,38 @@ class Bucket:
         }
 
 
-def buckets(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterable[Bucket]:
+def buckets(tensors: Iterable[tuple[str, Tensor]], limit: int, device: torch.device = _HOST) -> Iterable[Bucket]:
     """Pack tensors (on the host) into buckets of at most `limit` bytes; a larger tensor is a bucket of its own.
 
-    Beside the tensor at hand two buffers of `limit` bytes are held, so that one bucket can be packed while another is
-    being sent.
+    Beside the tensor at hand two buffers of `limit` bytes are held on `device`, so that one bucket can be packed while
+    another is being sent.
     """
-    buffer, other = torch.empty(limit, dtype=torch.uint8), torch.empty(limit, dtype=torch.uint8)
+    buffer, other = (torch.empty(limit, dtype=torch.uint8, device=device) for _ in range(2))
     metadata: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     used = 0
     for name, tensor in tensors:
         content = tensor.detach().contiguous().view(-1).view(torch.uint8)
         if metadata and used + content.numel() > limit:
-            yield Bucket(metadata, buffer[:used])
+            yield _settled(Bucket(metadata, buffer[:used]))
             buffer, other = other, buffer
             metadata, used = [], 0
         entry, size = (name, tensor.dtype, tuple(tensor.shape)), content.numel()
         if size > limit:
-            yield Bucket([entry], content)
+            yield _settled(Bucket([entry], content.to(device)))
         else:
             buffer[used : used + size] = content
             metadata.append(entry)
             used += size
         del tensor, content  # before the next one is gathered
     if metadata:
-        yield Bucket(metadata, buffer[:used])
+        yield _settled(Bucket(metadata, buffer[:used]))
+
+
+def _settled(bucket: Bucket) -> Bucket:
+    """The bucket, once its bytes are there: it is sent in another stream than it was packed in."""
+    if bucket.content.is_cuda:
+        torch.cuda.current_stream(bucket.content.device).synchronize()
+    return bucket
 
 
 class Channel:
@@ -95,7 +104,12 @@ class Channel:
 
     Args:
         held: told of the version that the server has, before it draws a token from it.
+
+    Attributes:
+        device: where it takes buckets from.
     """
+
+    device = _HOST
 
     def __init__(
         self, address: Address, timeout_seconds: float, held: Callable[[int], None] = lambda version: None
@@ -138,20 +152,19 @@ class Channel:
                 raise
             await self._call("POST", "/finish_weight_update")
 
-    async def _open(self) -> None:
+    async def _count_workers(self) -> int:
         answer = await self._call("GET", "/get_world_size")
-        self._workers = answer.get("world_size") if isinstance(answer, dict) else None
-        if not isinstance(self._workers, int) or self._workers < 1:
+        workers = answer.get("world_size") if isinstance(answer, dict) else None
+        if not isinstance(workers, int) or workers < 1:
             raise SyncError(f"{self.address}: has a world size of {str(answer)[:200]}")
+        return workers
+
+    async def _open(self) -> None:
+        self._workers = await self._count_workers()
         here = local_address(self.address)
         self._key, self._sent = uuid.uuid4().hex, 0
-        family = socket.AF_INET6 if ":" in here else socket.AF_INET
-        listener = socket.create_server((here, 0), family=family)  # else the store would listen on all interfaces
-        port = listener.getsockname()[1]
         timeout = timedelta(seconds=self.timeout_seconds)
-        store = dist.TCPStore(
-            here, port, None, True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
+        store, port = open_store(here, timeout)
         info = {
             "master_address": here,
             "master_port": port,
@@ -259,7 +272,7 @@ async def push_gloo(
 
     await _every(channels, problems, Channel.begin)
     # The next bucket is gathered and packed in a thread while this one is sent.
-    stream = iter(buckets(tensors, bucket_bytes))
+    stream = iter(buckets(tensors, bucket_bytes, channels[0].device if channels else _HOST))
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def advance() -> Bucket | None:
@@ -359,6 +372,17 @@ async def confirm_version(address: Address, version: int) -> None:
     except HttpError as error:
         if error.status != 404:
             raise
+
+
+def open_store(here: str, timeout: timedelta) -> tuple[dist.TCPStore, int]:
+    """A store at this address of this machine, and its port."""
+    family = socket.AF_INET6 if ":" in here else socket.AF_INET
+    listener = socket.create_server((here, 0), family=family)  # else the store would listen on all interfaces
+    port = int(listener.getsockname()[1])
+    store = dist.TCPStore(
+        here, port, None, True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+    return store, port
 
 
 def local_address(server: Address) -> str:

@@ -10,23 +10,29 @@ import asyncio
 import shutil
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
 from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.schema import RlvrConfig
+from tulu_hpc.config.sections import VllmSection
 from tulu_hpc.models.convert import iter_hf_tensors, save_hf
 from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.rollout.engine import Completion, EngineError, Request, ServersLostError
 from tulu_hpc.rollout.http import Address
-from tulu_hpc.rollout.server import Server, ServerOptions, check_private
+from tulu_hpc.rollout.nccl import Library, NcclError
+from tulu_hpc.rollout.nccl_sync import NOT_RUN, NcclChannel
+from tulu_hpc.rollout.server import GLOO_BACKEND, NCCL_BACKEND, Server, ServerOptions, check_private
 from tulu_hpc.rollout.vllm import VllmEngine, logprobs_mode_for, logprobs_problem
+from tulu_hpc.rollout.weight_sync import Channel
 from tulu_hpc.stages.rollouts import broadcast_in_replica, is_replica_leader
 from tulu_hpc.stages.training_run import Run
 from tulu_hpc.training.trainer import DTYPES, Trainer
 
+_LATER_SECONDS = 10.0  # the trainer gives an update up before the worker does, and says why
 _ATTEMPTS = 3  # at sending weights, and at generating, each after restarting what has died
 
 
@@ -46,6 +52,29 @@ def check_served(config: RlvrConfig) -> None:
         check_private(vllm.host)
     except ValueError as error:
         raise ConfigError(f"rollout.vllm: {error}") from None
+    if vllm.sync == "nccl":
+        check_nccl(vllm.nccl_library)
+
+
+def check_nccl(library: str | None) -> None:
+    """Refuse NCCL where it cannot run.
+
+    Raises:
+        ConfigError: no GPU, or no library.
+    """
+    if default_device().type != "cuda":
+        raise ConfigError("rollout.vllm.sync = nccl needs GPUs, and there is none here; gloo and checkpoint need none")
+    try:
+        Library(library)
+    except NcclError as error:
+        raise ConfigError(f"rollout.vllm.sync = nccl: {error}") from None
+
+
+def channel_of(vllm: VllmSection) -> Callable[[Address, float, Callable[[int], None]], Channel]:
+    """How weights travel to a server."""
+    if vllm.sync != "nccl":
+        return Channel
+    return partial(NcclChannel, library=vllm.nccl_library, bucket_bytes=vllm.bucket_mib << 20, device=default_device())
 
 
 def server_options(config: RlvrConfig) -> ServerOptions:
@@ -62,6 +91,8 @@ def server_options(config: RlvrConfig) -> ServerOptions:
         logprobs_mode=logprobs_mode_for(rollout.temperature),
         device="cuda" if default_device().type == "cuda" else "cpu",
         kv_cache_mib=vllm.kv_cache_mib,
+        weight_backend=NCCL_BACKEND if vllm.sync == "nccl" else GLOO_BACKEND,
+        sync_seconds=vllm.sync_timeout_seconds + _LATER_SECONDS,
         extra_args=vllm.extra_args,
     )
 
@@ -110,6 +141,8 @@ class ServedEngine:
         self._incidents: list[str] = []  # of all clients of this process
         self._clients: WeakSet[VllmEngine] = WeakSet()
         self.client = self.new_client(addresses, own)
+        if config.rollout.vllm.sync == "nccl":
+            run.say(f"weights go to the rollout servers over {Library(config.rollout.vllm.nccl_library)}: {NOT_RUN}")
 
     def new_client(self, addresses: Sequence[Address], own: Sequence[Server] = ()) -> VllmEngine:
         """A client of its own state for these servers; `own` are restarted by it when they are dead."""
@@ -126,6 +159,7 @@ class ServedEngine:
             start_seconds=vllm.start_seconds,
             sync_timeout_seconds=vllm.sync_timeout_seconds,
             bucket_bytes=vllm.bucket_mib << 20,
+            channel=channel_of(vllm),
             incidents=self._incidents,
         )
         self._clients.add(client)
@@ -254,7 +288,7 @@ class ServedEngine:
         return asyncio.run(self.client.torn())
 
     def _stream(self, only_missing: bool) -> str | None:
-        """Weights over gloo: every rank gives its shards, rank 0 sends. What went wrong, on every rank."""
+        """Weights over gloo or NCCL: every rank gives its shards, rank 0 sends. What went wrong, on every rank."""
         stream = iter_hf_tensors(self.trainer.models, self.run.architecture, self.groups)
         failure = None
         if self.groups.is_main:

@@ -2,8 +2,6 @@
 
 Over gloo rank 0 of the group is the trainer, the workers follow. One call of /update_weights announces one bucket of
 tensors and is one broadcast of their bytes, in the order announced; or it names a safetensors file to read.
-What vLLM's own engines lack is here: shapes are checked before anything is sent, an update must be complete, and one
-that broke off is cleaned up by the next.
 """
 
 from __future__ import annotations
@@ -23,9 +21,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.logger import init_logger
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload, layerwise
 
-from tulu_hpc_vllm.expected import check_announced, check_complete, expected_shapes
+from tulu_hpc_vllm.safeguards import Safeguards
 
 logger = init_logger("vllm.tulu_hpc")
 
@@ -57,7 +54,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
             raise ValueError("names, dtype_names and shapes differ in length")
 
 
-class GlooEngine(WeightTransferEngine):
+class GlooEngine(Safeguards, WeightTransferEngine):
     """The backend `tulu_hpc_gloo`."""
 
     init_info_cls, update_info_cls = InitInfo, UpdateInfo
@@ -65,8 +62,6 @@ class GlooEngine(WeightTransferEngine):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._group: Any = None
-        self._received: set[str] = set()
-        self._expected: dict[str, tuple[int, ...]] = {}
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Join the trainer's group."""
@@ -87,21 +82,14 @@ class GlooEngine(WeightTransferEngine):
         )
         logger.info("weight updates: rank %d of %d, group %s", rank, init_info.world_size, init_info.key)
 
-    def start_weight_update(self) -> None:
-        """Begin an update; what an earlier one left half loaded is undone first."""
-        self._expected = expected_shapes(self.model_config.hf_config)
-        discard_unfinished_reload(self.model)
-        self._received = set()
-        initialize_layerwise_reload(self.model)
-
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Receive one bucket, or read one file, and load it."""
-        check_announced(self._expected, update_info.names, update_info.shapes, self._received)
+        self.check_announced(update_info.names, update_info.shapes)
         if update_info.path is not None:
             self._load_file(update_info.path, update_info.names)
         else:
             self._load_bucket(update_info)
-        self._received.update(update_info.names)
+        self._received |= frozenset(update_info.names)
 
     def _load_bucket(self, update_info: UpdateInfo) -> None:
         if self._group is None:
@@ -127,22 +115,6 @@ class GlooEngine(WeightTransferEngine):
                     raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, not as announced")
                 self.model.load_weights([(name, tensor)])
 
-    def finish_weight_update(self) -> None:
-        """Accept a complete update. One of nothing, or an incomplete one (an error), gives the update up."""
-        received, self._received = self._received, set()
-        try:
-            if received:
-                check_complete(self._expected, received)
-                finalize_layerwise_reload(self.model, self.model_config)
-                repack_tied_head(self.model, self.model_config.hf_config)
-        finally:
-            discard_unfinished_reload(self.model)  # nothing is left of it after a complete update
-
-    @staticmethod
-    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
-        """Abstract in the base class of vLLM 0.25; the trainer has its own sender."""
-        raise NotImplementedError("weights are sent by tulu_hpc")
-
     def shutdown(self) -> None:
         """Leave the group."""
         self._group = None
@@ -162,24 +134,3 @@ def local_address(host: str, port: int) -> str:
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(target)  # sends nothing
         return str(probe.getsockname()[0])
-
-
-def repack_tied_head(model: torch.nn.Module, config: Any) -> None:
-    """A head that shares the embedding's weight is not itself loaded, but on the CPU holds a packed copy of it."""
-    head = getattr(model, "lm_head", None)
-    if config.tie_word_embeddings and head is not None and hasattr(head, "quant_method"):
-        head.quant_method.process_weights_after_loading(head)
-
-
-def discard_unfinished_reload(model: torch.nn.Module) -> None:
-    """Undo a reload that was begun and not finished: the tensors that the kernels use are put back.
-
-    vLLM skips layers that are already being reloaded, so without this a broken update could not be repeated.
-    """
-    for module in model.modules():
-        info = layerwise.get_layerwise_info(module)
-        if info.can_load():
-            if info.kernel_tensors is not None:
-                layerwise._place_kernel_tensors(module, info)
-            info.reset()
-    layerwise.LOADING_LAYERS.clear()
