@@ -15,17 +15,20 @@ import asyncio
 import base64
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from enum import Enum
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tulu_hpc.rollout.http import Address
-from tulu_hpc.rollout.nccl import Communicator, Library, NcclError, Stream
+from tulu_hpc.rollout.nccl import Communicator, Library, NcclError, Pending, Stream
 from tulu_hpc.rollout.weight_sync import Bucket, Channel, SyncError, local_address, open_store
 
 NOT_RUN = "this path has not been run on NCCL, only on a library of the same interface on the CPU"
+_POLL_SECONDS = 0.0005
 _BUFFERS = 2  # of vLLM, which receives into one while it loads from another
 _PICKLED_CLASS = "vllm.distributed.device_communicators.pynccl_wrapper", "ncclUniqueId"
 
@@ -122,9 +125,10 @@ class NcclChannel(Channel):
             self._group = Communicator(
                 library, unique_id, 0, 1 + workers, seconds=self.timeout_seconds, device=self.device
             )
-            await self._until(self._group.joined.is_completed, joined)
-            summed = torch.zeros(1, device=self.device)
-            await self._until(self._group.all_reduce(summed, self._stream).is_completed, joined)
+            await _until(self._group.joined, joined)
+            with self._in_stream():
+                number = torch.zeros(1, device=self.device)
+            await _until(self._group.all_reduce(number, self._stream), joined)
             await joined
         except BaseException as error:
             self.close()
@@ -154,8 +158,8 @@ class NcclChannel(Channel):
         body = {"update_info": self._dialect.update_info(bucket, self.bucket_bytes)}
         announced = asyncio.create_task(self._call("POST", "/update_weights", body, self.timeout_seconds + 10))
         try:
-            sent = self._group.broadcast(bucket.content, 0, self._stream)
-            await self._until(sent.is_completed, announced)
+            sent = self._group.broadcast(self._packed(bucket), 0, self._stream)
+            await _until(sent, announced)
             await announced
         except BaseException as error:
             self.close()
@@ -165,8 +169,28 @@ class NcclChannel(Channel):
         finally:
             announced.cancel()
 
+    def _packed(self, bucket: Bucket) -> Tensor:
+        """Its bytes on the device, put there in the stream that sends them."""
+        sizes = [part.numel() for part in bucket.parts()]
+        with self._in_stream():
+            packed = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
+            for place, part in zip(packed.split(sizes), bucket.parts(), strict=True):
+                place.copy_(part)
+        return packed
+
+    def _in_stream(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._stream) if self.device.type == "cuda" else nullcontext()
+
     def close(self) -> None:
         """Abort the communicator: a broadcast that the workers do not take part in would never end."""
         if self._group is not None:
             self._group.abort()
         super().close()
+
+
+async def _until(call: Pending, answer: asyncio.Task[Any]) -> None:
+    """Wait for a call to be done, or for the server to say no."""
+    while not call.is_completed():
+        if answer.done():
+            answer.result()
+        await asyncio.sleep(_POLL_SECONDS)

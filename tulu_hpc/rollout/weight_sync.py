@@ -31,7 +31,6 @@ from tulu_hpc.rollout.server import probe
 DIRTY = "dirty"
 _CONTROL_SECONDS = 30.0
 _POLL_SECONDS = 0.0005
-_HOST = torch.device("cpu")
 
 
 class SyncError(RuntimeError):
@@ -65,38 +64,31 @@ class Bucket:
         }
 
 
-def buckets(tensors: Iterable[tuple[str, Tensor]], limit: int, device: torch.device = _HOST) -> Iterable[Bucket]:
+def buckets(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterable[Bucket]:
     """Pack tensors (on the host) into buckets of at most `limit` bytes; a larger tensor is a bucket of its own.
 
-    Beside the tensor at hand two buffers of `limit` bytes are held on `device`, so that one bucket can be packed while
-    another is being sent.
+    Beside the tensor at hand two buffers of `limit` bytes are held, so that one bucket can be packed while another is
+    being sent.
     """
-    buffer, other = (torch.empty(limit, dtype=torch.uint8, device=device) for _ in range(2))
+    buffer, other = torch.empty(limit, dtype=torch.uint8), torch.empty(limit, dtype=torch.uint8)
     metadata: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     used = 0
     for name, tensor in tensors:
         content = tensor.detach().contiguous().view(-1).view(torch.uint8)
         if metadata and used + content.numel() > limit:
-            yield _settled(Bucket(metadata, buffer[:used]))
+            yield Bucket(metadata, buffer[:used])
             buffer, other = other, buffer
             metadata, used = [], 0
         entry, size = (name, tensor.dtype, tuple(tensor.shape)), content.numel()
         if size > limit:
-            yield _settled(Bucket([entry], content.to(device)))
+            yield Bucket([entry], content)
         else:
             buffer[used : used + size] = content
             metadata.append(entry)
             used += size
         del tensor, content  # before the next one is gathered
     if metadata:
-        yield _settled(Bucket(metadata, buffer[:used]))
-
-
-def _settled(bucket: Bucket) -> Bucket:
-    """The bucket, once its bytes are there: it is sent in another stream than it was packed in."""
-    if bucket.content.is_cuda:
-        torch.cuda.current_stream(bucket.content.device).synchronize()
-    return bucket
+        yield Bucket(metadata, buffer[:used])
 
 
 class Channel:
@@ -104,12 +96,7 @@ class Channel:
 
     Args:
         held: told of the version that the server has, before it draws a token from it.
-
-    Attributes:
-        device: where it takes buckets from.
     """
-
-    device = _HOST
 
     def __init__(
         self, address: Address, timeout_seconds: float, held: Callable[[int], None] = lambda version: None
@@ -272,7 +259,7 @@ async def push_gloo(
 
     await _every(channels, problems, Channel.begin)
     # The next bucket is gathered and packed in a thread while this one is sent.
-    stream = iter(buckets(tensors, bucket_bytes, channels[0].device if channels else _HOST))
+    stream = iter(buckets(tensors, bucket_bytes))
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def advance() -> Bucket | None:
