@@ -5,7 +5,7 @@
 The engine (`/configure` says which: `stock` is vLLM's, `ours` the plugin's), its packing and its communicator are those
 of the installed vLLM. Put in their place is only what needs a GPU: torch's streams and current device, by those of the
 library LIBRARY; and the model, by one that keeps what it is given. The workers write that to FOLDER/received-RANK.pt at
-the end of an update.
+the end of an update. A whole vLLM server gets the same put in place by `register`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ CPU = torch.device("cpu")
 class Stream:
     """In the place of a CUDA stream."""
 
+    library: ctypes.CDLL
     current: Stream
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library
-        self.cuda_stream = library.stub_stream_new()
+    def __init__(self, *_: object, **__: object) -> None:
+        self.cuda_stream = self.library.stub_stream_new()
 
     def synchronize(self) -> None:
         self.library.stub_stream_synchronize(ctypes.c_void_p(self.cuda_stream))
@@ -51,9 +51,9 @@ def put_in_place(path: str) -> None:
     from vllm.distributed.weight_transfer import packed_tensor
 
     os.environ["VLLM_NCCL_SO_PATH"] = path
-    library = ctypes.CDLL(path)
-    library.stub_stream_new.restype = ctypes.c_void_p
-    Stream.current = Stream(library)
+    Stream.library = ctypes.CDLL(path)
+    Stream.library.stub_stream_new.restype = ctypes.c_void_p
+    Stream.current = Stream()
 
     @contextlib.contextmanager
     def in_stream(stream: Stream) -> Iterator[None]:
@@ -63,9 +63,12 @@ def put_in_place(path: str) -> None:
         finally:
             Stream.current = before
 
-    def streams(*_: object) -> tuple[Stream, ...]:
-        return Stream(library), Stream(library)
+    def unpacked(*arguments: Any) -> Any:
+        """A GPU would do what follows in the stream, after the broadcast."""
+        Stream.current.synchronize()
+        return unpack(*arguments)
 
+    unpack, packed_tensor.unpack_tensor = packed_tensor.unpack_tensor, unpacked
     all_reduce = pynccl.PyNcclCommunicator.all_reduce
 
     def finished(*arguments: Any, **options: Any) -> torch.Tensor:
@@ -76,12 +79,16 @@ def put_in_place(path: str) -> None:
 
     pynccl.PyNcclCommunicator.all_reduce = finished
     torch.cuda.stream = in_stream  # type: ignore[assignment,misc]
-    torch.cuda.Stream = lambda *_, **__: Stream(library)  # type: ignore[assignment,misc]
+    torch.cuda.Stream = Stream  # type: ignore[assignment,misc]
     torch.accelerator.current_device_index = lambda: CPU  # type: ignore[assignment,return-value]
     torch.accelerator.device_index = lambda _: contextlib.nullcontext()  # type: ignore[assignment,misc,return-value]
     torch.accelerator.synchronize = lambda *_: None  # type: ignore[assignment]
-    packed_tensor._get_streams = streams
     pynccl.current_stream = lambda: Stream.current
+
+
+def register() -> None:
+    """As a plugin of a whole server."""
+    put_in_place(os.environ["STUB_NCCL_LIBRARY"])
 
 
 class Kept(torch.nn.Module):
@@ -92,7 +99,6 @@ class Kept(torch.nn.Module):
         self.received: list[tuple[str, torch.Tensor]] = []
 
     def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:
-        Stream.current.synchronize()  # a GPU's copies would wait in the stream
         self.received += [(name, tensor.clone()) for name, tensor in weights]
 
 

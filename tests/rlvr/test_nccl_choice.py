@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tests.rollout.stub_nccl import Stub, stub, stub_library  # noqa: F401
 from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.schema import RlvrConfig
 from tulu_hpc.rollout.http import Address
-from tulu_hpc.rollout.nccl_sync import NcclChannel
+from tulu_hpc.rollout.nccl_sync import NOT_RUN, NcclChannel
 from tulu_hpc.rollout.weight_sync import Channel
 from tulu_hpc.stages import rlvr, rollout_server, served
 
@@ -65,3 +66,16 @@ def test_only_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sy
     rlvr.check(config)
     assert '{"backend": "tulu_hpc_gloo"}' in served.server_options(config).arguments(8000)
     assert served.channel_of(config.rollout.vllm) is Channel
+
+
+def test_a_run_says_that_this_has_not_run(
+    stub: Stub,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    config = config_of(tmp_path, nccl_library=str(stub.path))
+    said: list[str] = []
+    run: Any = SimpleNamespace(say=said.append, architecture=SimpleNamespace(vocab_size=50))
+    trainer: Any = None
+    served.ServedEngine(run, config, trainer, [Address("127.0.0.1", 8000)], [])
+    assert said == [f"weights go to the rollout servers over NCCL 2.29.7 ({stub.path}): {NOT_RUN}"]
+    assert "has not been run on NCCL" in NOT_RUN

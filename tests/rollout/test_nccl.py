@@ -154,6 +154,12 @@ def test_a_library_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         Library("libc.so.6")
 
 
+def test_calls_that_would_block(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setenv("NCCL_COMM_BLOCKING", "1")
+    with pytest.raises(NcclError, match="NCCL_COMM_BLOCKING=1 makes every call of NCCL wait without end"):
+        Library(str(stub.path))
+
+
 def test_no_interface_to_meet_at(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setenv("VLLM_NCCL_SO_PATH", str(stub.path))
     library = Library()

@@ -148,27 +148,24 @@ def unpickled(content: bytes) -> Any:
                 sys.modules[name] = found
 
 
-@asynccontextmanager
-async def serving(worker: Worker, seconds: float = 20.0) -> AsyncIterator[tuple[SmallServer, VllmEngine]]:
+def small_server(worker: Worker) -> SmallServer:
     verbs = (
         "version is_paused pause resume get_world_size init_weight_transfer_engine start_weight_update update_weights "
         "finish_weight_update update_weight_version weight_info"
     )
-    async with SmallServer(**{verb: worker for verb in verbs.split()}) as server:
-        channel = partial(
-            NcclChannel,
-            library=str(worker.stub.path),
-            bucket_bytes=LIMIT,
-            device=CPU,
-            new_stream=worker.stub.stream,
-        )
-        engine = VllmEngine(
-            [server.address],
-            vocab_size=50,
-            sync_timeout_seconds=seconds,
-            bucket_bytes=LIMIT,
-            channel=channel,
-        )
+    return SmallServer(**{verb: worker for verb in verbs.split()})
+
+
+def engine_of(stub: Stub, seconds: float, *servers: SmallServer) -> VllmEngine:  # noqa: F811
+    channel = partial(NcclChannel, library=str(stub.path), bucket_bytes=LIMIT, device=CPU, new_stream=stub.stream)
+    addresses = [server.address for server in servers]
+    return VllmEngine(addresses, vocab_size=50, sync_timeout_seconds=seconds, bucket_bytes=LIMIT, channel=channel)
+
+
+@asynccontextmanager
+async def serving(worker: Worker, seconds: float = 20.0) -> AsyncIterator[tuple[SmallServer, VllmEngine]]:
+    async with small_server(worker) as server:
+        engine = engine_of(worker.stub, seconds, server)
         try:
             yield server, engine
         finally:
@@ -277,6 +274,31 @@ def test_a_server_that_does_not_take_part(
 
     asyncio.run(act())
     check_received(worker)
+
+
+def test_one_of_two_servers_hangs(stub: Stub) -> None:  # noqa: F811
+    """Each has a group of its own: the other gets all weights, and serves."""
+    well, ill = Worker(stub), Worker(stub)
+    ill.hang = "update_weights"
+
+    async def act() -> None:
+        async with small_server(well) as good, small_server(ill) as bad:
+            engine = engine_of(stub, 0.5, good, bad)
+            await engine.update_weights(weights(), 1)
+            assert engine.serving() == [(good.address, 1)]
+            (why,) = engine.missing()
+            assert why.startswith(f"{bad.address}: weights not sent: ncclBroadcast at rank 0 of 2: not done within")
+            ill.hang = None
+            await engine.update_weights(weights(), 1, only_missing=True)
+            assert engine.serving() == [(good.address, 1), (bad.address, 1)]
+            for channel, worker in zip(engine._channels, (well, ill), strict=True):
+                channel.close()
+                worker.leave()
+
+    asyncio.run(act())
+    check_received(well)
+    check_received(ill)
+    assert len(well.unique_ids) == 1 and len(ill.unique_ids) == 2
 
 
 @pytest.mark.parametrize("fault", ["error:ncclBroadcast:0:3", "error:ncclAllReduce:0:1", "refuse:ncclGetUniqueId:0:1"])

@@ -21,6 +21,7 @@ from torch import Tensor
 
 LIBRARY_VARIABLE = "VLLM_NCCL_SO_PATH"  # vLLM's own: both sides should load the same library
 UNIQUE_ID_BYTES = 128
+_BLOCKING_VARIABLE = "NCCL_COMM_BLOCKING"  # wins over what a communicator asks for
 _DEFAULT_LIBRARY = "libnccl.so.2"
 _ABORT_SECONDS = 10.0
 _SUCCESS, _IN_PROGRESS = 0, 7  # ncclResult_t
@@ -94,8 +95,10 @@ class Library:
             path: None: `VLLM_NCCL_SO_PATH` of the environment, or the libnccl.so.2 that torch or the system has.
 
         Raises:
-            NcclError: it cannot be loaded or lacks a call, naming path and call.
+            NcclError: it cannot be loaded, lacks a call, or is told by the environment to block.
         """
+        if os.environ.get(_BLOCKING_VARIABLE) == "1":
+            raise NcclError(f"{_BLOCKING_VARIABLE}=1 makes every call of NCCL wait without end: unset it")
         self.path = path or os.environ.get(LIBRARY_VARIABLE) or _DEFAULT_LIBRARY
         try:
             self._library = ctypes.CDLL(self.path)

@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferEngine,
@@ -27,6 +28,8 @@ DEFAULT_SECONDS = 120.0
 
 class NcclEngine(Safeguards, NCCLWeightTransferEngine):
     """The backend `tulu_hpc_nccl`."""
+
+    model_update_group: Any
 
     def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
         """Join the trainer's group, after leaving the last one."""
