@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from tulu_hpc.models.names import hf_shapes
 from tulu_hpc.parallel.layout import Layout, initialize
 from tulu_hpc.rollout.engine import EngineError
 from tulu_hpc.rollout.http import Address, request
-from tulu_hpc.rollout.nccl_sync import Dialect, NcclChannel, pickled_unique_id
+from tulu_hpc.rollout.nccl_sync import Dialect, NcclChannel, aligned, pickled_unique_id
 from tulu_hpc.rollout.vllm import VllmEngine
 from tulu_hpc.rollout.weight_sync import buckets
 
@@ -176,6 +176,55 @@ def test_every_bit_arrives(
     ]
     assert all(each == sent[0] for each in sent) and sum(sent[0]) == len(limits) * sum(sizes)
     assert sent[0][: len(sizes)] == sizes and sent[0][-1] == sum(sizes), "a tensor, and all of them, at a time"
+
+
+def random_cases(workers: Workers, folder: Path, count: int) -> tuple[int, int]:
+    """Any tensors and any bucket size: what vLLM receives is what was sent, each piece by one broadcast.
+
+    Returns:
+        Tensors and broadcasts in all.
+    """
+    workers.configure("stock", written(folder / "model", tied=True), 2)
+    generator = torch.Generator().manual_seed(count)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    engine, tensors, packed = workers.engine(1), 0, 0
+    for case in range(count):
+        sent = {}
+        for number in range(draw(1, 30)):
+            dtype = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)[draw(0, 4)]
+            shape = [draw(1, 9) for _ in range(draw(1, 4))]
+            sent[f"t{number}"] = torch.randint(0, 256, shape, generator=generator).to(dtype)
+        limit = draw(1, 1500)
+        for channel in engine._channels:
+            assert isinstance(channel, NcclChannel)
+            channel.close()  # the size is agreed when the group is opened
+            channel.bucket_bytes = limit
+        engine.bucket_bytes = limit
+        workers.stub.forget()
+        asyncio.run(engine.update_weights(iter(sent.items()), case))
+        workers.check_received(sent)
+        pieces = [piece for bucket in buckets(sent.items(), limit) for piece in aligned(bucket)]
+        expected = [str(sum(part.numel() for part in piece.parts())) for piece in pieces]
+        for rank in "012":
+            assert [call[2] for call in workers.stub.calls("ncclBroadcast") if call[1] == rank] == expected
+        tensors, packed = tensors + len(sent), packed + len(expected)
+    assert not workers.stub.calls("mismatch")
+    return tensors, packed
+
+
+def test_random_tensors(workers: Workers, tmp_path: Path) -> None:
+    random_cases(workers, tmp_path, 8)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_many_random_tensors(workers: Workers, tmp_path: Path, soak_figures: Callable[..., None]) -> None:
+    cases = 500
+    tensors, packed = random_cases(workers, tmp_path, cases)
+    soak_figures(cases=cases, tensors=tensors, broadcasts=packed)
 
 
 def test_requests_have_the_fields_of_the_installed_vllm(workers: Workers, tmp_path: Path) -> None:

@@ -28,8 +28,9 @@ from tests.rollout.small_server import SmallServer, Status
 from tests.rollout.stub_nccl import Stub, stub, stub_library  # noqa: F401
 from tulu_hpc.rollout.engine import EngineError
 from tulu_hpc.rollout.nccl import Communicator, Library
-from tulu_hpc.rollout.nccl_sync import Dialect, NcclChannel, dialect_of, pickled_unique_id
+from tulu_hpc.rollout.nccl_sync import Dialect, NcclChannel, aligned, dialect_of, pickled_unique_id
 from tulu_hpc.rollout.vllm import VllmEngine
+from tulu_hpc.rollout.weight_sync import buckets
 
 CPU = torch.device("cpu")
 LIMIT = 100
@@ -345,6 +346,23 @@ def test_the_library_is_missing(stub: Stub, tmp_path: Path) -> None:  # noqa: F8
                 await engine.update_weights(weights(), 1)
 
     asyncio.run(act())
+
+
+def test_pieces_in_which_every_tensor_can_be_viewed() -> None:
+    shapes = [("a", torch.bfloat16, 3), ("b", torch.float32, 2), ("c", torch.uint8, 5), ("d", torch.uint8, 3)]
+    shapes += [("e", torch.float64, 1), ("f", torch.bfloat16, 1), ("g", torch.uint8, 1), ("h", torch.bfloat16, 1)]
+    tensors = [(name, torch.arange(size).to(dtype)) for name, dtype, size in shapes]
+    (bucket,) = buckets(iter(tensors), 1000)
+    pieces = list(aligned(bucket))
+    assert [[name for name, _, _ in piece.metadata] for piece in pieces] == [
+        ["a"],
+        ["b", "c", "d", "e", "f", "g"],
+        ["h"],
+    ]
+    assert torch.equal(torch.cat([part for piece in pieces for part in piece.parts()]), bucket.content)
+    (same,) = buckets(iter(tensors[2:4]), 1000)
+    (piece,) = aligned(same)
+    assert piece.metadata == same.metadata and torch.equal(piece.content, same.content)
 
 
 def test_the_pickled_unique_id() -> None:

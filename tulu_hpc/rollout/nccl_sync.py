@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from enum import Enum
@@ -78,6 +78,20 @@ def pickled_unique_id(unique_id: bytes) -> bytes:
     rebuild = f"c_ctypes\n_unpickle\nc{module}\n{name}\n".encode()
     state = b"}C" + bytes([len(unique_id)]) + unique_id + b"\x86"  # ({}, unique_id)
     return b"\x80\x03" + rebuild + state + b"\x86R."
+
+
+def aligned(bucket: Bucket) -> Iterator[Bucket]:
+    """The bucket in pieces in which each tensor begins at a multiple of its item size: vLLM can view no other.
+
+    One piece, unless dtypes are mixed.
+    """
+    first, begin, end = 0, 0, 0
+    for index, ((_, dtype, _), part) in enumerate(zip(bucket.metadata, bucket.parts(), strict=True)):
+        if (end - begin) % dtype.itemsize:
+            yield Bucket(bucket.metadata[first:index], bucket.content[begin:end])
+            first, begin = index, end
+        end += part.numel()
+    yield Bucket(bucket.metadata[first:], bucket.content[begin:])
 
 
 class NcclChannel(Channel):
@@ -155,17 +169,21 @@ class NcclChannel(Channel):
         Raises:
             HttpError, SyncError: naming the server; the group is then closed.
         """
-        body = {"update_info": self._dialect.update_info(bucket, self.bucket_bytes)}
-        announced = asyncio.create_task(self._call("POST", "/update_weights", body, self.timeout_seconds + 10))
         try:
-            sent = self._group.broadcast(self._packed(bucket), 0, self._stream)
-            await _until(sent, announced)
-            await announced
+            for piece in aligned(bucket):
+                await self._send(piece)
         except BaseException as error:
             self.close()
             if isinstance(error, NcclError):
                 raise SyncError(f"{self.address}: weights not sent: {error}") from error
             raise
+
+    async def _send(self, bucket: Bucket) -> None:
+        body = {"update_info": self._dialect.update_info(bucket, self.bucket_bytes)}
+        announced = asyncio.create_task(self._call("POST", "/update_weights", body, self.timeout_seconds + 10))
+        try:
+            await _until(self._group.broadcast(self._packed(bucket), 0, self._stream), announced)
+            await announced
         finally:
             announced.cancel()
 
