@@ -207,7 +207,7 @@ def random_cases(workers: Workers, folder: Path, count: int) -> tuple[int, int]:
         asyncio.run(engine.update_weights(iter(sent.items()), case))
         workers.check_received(sent)
         pieces = [piece for bucket in buckets(sent.items(), limit) for piece in aligned(bucket)]
-        expected = [str(sum(part.numel() for part in piece.parts())) for piece in pieces]
+        expected = [str(sum(part.numel() for part in piece.parts)) for piece in pieces]
         for rank in "012":
             assert [call[2] for call in workers.stub.calls("ncclBroadcast") if call[1] == rank] == expected
         tensors, packed = tensors + len(sent), packed + len(expected)

@@ -85,13 +85,13 @@ def aligned(bucket: Bucket) -> Iterator[Bucket]:
 
     One piece, unless dtypes are mixed.
     """
-    first, begin, end = 0, 0, 0
-    for index, ((_, dtype, _), part) in enumerate(zip(bucket.metadata, bucket.parts(), strict=True)):
-        if (end - begin) % dtype.itemsize:
-            yield Bucket(bucket.metadata[first:index], bucket.content[begin:end])
-            first, begin = index, end
-        end += part.numel()
-    yield Bucket(bucket.metadata[first:], bucket.content[begin:])
+    first, size = 0, 0
+    for index, ((_, dtype, _), part) in enumerate(zip(bucket.metadata, bucket.parts, strict=True)):
+        if size % dtype.itemsize:
+            yield Bucket(bucket.metadata[first:index], bucket.parts[first:index])
+            first, size = index, 0
+        size += part.numel()
+    yield Bucket(bucket.metadata[first:], bucket.parts[first:])
 
 
 class NcclChannel(Channel):
@@ -161,6 +161,9 @@ class NcclChannel(Channel):
         self._store.set("broadcast_from/0/0", pickled_unique_id(unique_id))
         return {"master_address": here, "master_port": port}
 
+    async def announce(self, bucket: Bucket) -> None:
+        """Nothing yet: `send` announces, because what is announced and refused leaves a broadcast to be aborted."""
+
     async def send(self, bucket: Bucket) -> None:
         """One bucket: announce it, broadcast it, wait until the workers have loaded it.
 
@@ -189,10 +192,10 @@ class NcclChannel(Channel):
 
     def _packed(self, bucket: Bucket) -> Tensor:
         """Its bytes on the device, put there in the stream that sends them."""
-        sizes = [part.numel() for part in bucket.parts()]
+        sizes = [part.numel() for part in bucket.parts]
         with self._in_stream():
             packed = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
-            for place, part in zip(packed.split(sizes), bucket.parts(), strict=True):
+            for place, part in zip(packed.split(sizes), bucket.parts, strict=True):
                 place.copy_(part)
         return packed
 

