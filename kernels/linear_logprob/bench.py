@@ -62,9 +62,7 @@ SPEED_MIB, MEMORY_MIB = {1: 4608, 8: 600}, {1: 1024, 8: 300}  # by the number of
 
 
 def _head(model: str, hidden: int, tp: int, valid: float) -> Shape:
-    # The copy of the valid rows lies outside the buffers, and is not to exceed the goal with them.
-    copy = 8192 * valid * hidden * 2 / MIB if valid < 1 else 0
-    return Shape(f"{model} tp {tp}", 8192, hidden, 128256 // tp, valid, SPEED_MIB[tp], MEMORY_MIB[tp] - copy)
+    return Shape(f"{model} tp {tp}", 8192, hidden, 128256 // tp, valid, SPEED_MIB[tp], MEMORY_MIB[tp])
 
 
 # The heads of Llama 3.1 8B, 70B and 405B: whole, and the shard of 8 tensor-parallel ranks.
@@ -104,7 +102,15 @@ def products(shape: Shape, run: Run, mebibytes: float) -> int:
     """Of our GEMMs in forward and backward together, with a buffer of that size."""
     cpu = run.device == "cpu"
     used = shape.rows - ignored(shape)
-    sizes = buffers.Sizes(used, shape.hidden, shape.vocab, run.dtype.itemsize, not cpu, cpu and onednn.available())
+    sizes = buffers.Sizes(
+        used,
+        shape.hidden,
+        shape.vocab,
+        run.dtype.itemsize,
+        not cpu,
+        cpu and onednn.available(),
+        picked=used < shape.rows,
+    )
     return 3 if buffers.keeps_logits(sizes, int(mebibytes * MIB)) else 4
 
 

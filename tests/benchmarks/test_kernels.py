@@ -299,7 +299,7 @@ def test_goals_of_linear_logprob_are_computed_from_its_lines() -> None:
 
 @pytest.mark.parametrize("shape", linear.CUDA, ids=lambda shape: f"{shape.label} {shape.valid:g}")
 def test_buffers_of_the_heads_stay_within_the_goals(shape: linear.Shape) -> None:
-    """By calculation: speed keeps the logits; extra memory, the copies of the valid rows too, is within the goal."""
+    """By calculation: speed keeps the logits; extra memory, copies of the valid rows included, is within the goal."""
     run = Run("cuda", torch.bfloat16, "full")
     used, tp = shape.rows - linear.ignored(shape), 128256 // shape.vocab
     limits = {1: (4.5, 1.0), 8: (0.6, 0.3)}[tp]
@@ -310,7 +310,6 @@ def test_buffers_of_the_heads_stay_within_the_goals(shape: linear.Shape) -> None
         assert limit / 8 < extra / 2**30 <= limit
     assert linear.products(shape, run, shape.speed) == 3
     if shape.valid == 1:
-        assert (shape.speed, shape.memory) == ((4608, 1024) if tp == 1 else (600, 300))
         assert linear.products(shape, run, shape.memory) == 4
 
 
