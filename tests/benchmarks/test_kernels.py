@@ -134,10 +134,7 @@ def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     for mode, size in (("--quick", 256), ("--device=cpu", 512)):
         run = timing.start(parser.parse_args([mode]))
         assert run.gemm > 0 and run.copy > 0 and run.dtype == torch.float32
-        assert run.table(
-            cpu=linear.CPU, cpu_quick=linear.CPU_QUICK, cuda=linear.CUDA, cuda_quick=linear.CUDA_QUICK,
-            shrink=linear.shrink,
-        )[0].rows == size  # fmt: skip
+        assert run.table(linear.TABLES)[0].rows == size
 
 
 # ------------------------------------------------------------------------------------------------ the measuring
