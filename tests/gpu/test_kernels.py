@@ -24,7 +24,6 @@ from tests.kernels import test_packed_attention as attention
 from tests.kernels import test_packed_attention_parts as attention_parts
 from tests.kernels import test_packed_attention_triton as attention_triton
 from tests.kernels import test_policy_loss as policy_loss
-from tests.kernels import test_policy_loss_parallel as policy_loss_parallel
 from tests.kernels import test_preference_loss as preference_loss
 from tests.kernels import test_rope as rope
 from tests.kernels import test_value_loss as value_loss
@@ -129,7 +128,7 @@ class TestPolicyLoss:
     test_first_step_is_the_policy_gradient = staticmethod(policy_loss.test_first_step_is_the_policy_gradient)
     test_extreme_log_ratios = staticmethod(policy_loss.test_extreme_log_ratios)
     test_no_tokens = staticmethod(policy_loss.test_no_tokens)
-    test_clips_of_gspo = staticmethod(policy_loss_parallel.test_clips_of_gspo)
+    test_clips_of_gspo = staticmethod(policy_loss.test_clips_of_gspo)
 
 
 class TestGaeAndValueLoss:

@@ -118,6 +118,22 @@ def test_kernels_import_nothing_of_tulu_hpc():
     assert [str(p) for p in files if pattern.search(p.read_text())] == []
 
 
+def test_gpu_tests_and_benchmarks_need_the_kernels_alone():
+    """A GPU node without internet has torch, Triton and what benchmarks/offline_wheels.sh collects."""
+    names = [f"tests.gpu.{path.stem}" for path in (ROOT / "tests/gpu").glob("test_*.py")]
+    names += [f"tulu_hpc.kernels.{path.parent.name}.bench" for path in (ROOT / "kernels").glob("*/bench.py")]
+    program = f"""
+import importlib, sys
+for name in {names}:
+    importlib.import_module(name)
+print(sorted({{name.split(".")[1] for name in sys.modules if name.startswith("tulu_hpc.")}}))
+print([name for name in ("megatron", "transformers", "pydantic", "yaml", "typer") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert len(names) == 8 and done.stdout.splitlines() == ["['kernels']", "[]"]
+
+
 def test_every_op_lists_its_backends():
     for op in ("linear_logprob", "packed_attention", "preference_loss", "policy_loss", "value_loss", "gae"):
         backends = available_backends(op)
