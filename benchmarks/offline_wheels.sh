@@ -3,9 +3,10 @@
 #   benchmarks/offline_wheels.sh FOLDER [cp312]          here, with internet: wheels for that Python, x86_64 Linux
 #   pip install --no-index --find-links FOLDER --no-deps FOLDER/*.whl          there, then in the checkout:
 #   TULU_HPC_CUDA=ON pip install --no-index --no-build-isolation --no-deps -e .
+#   pytest tests/gpu --gpu-summary FILE; python -m tulu_hpc.kernels.FAMILY.bench     (`tulu-hpc` itself needs more)
 # torch, Triton and CUDA stay those of the node: nothing here depends on their versions.
 set -euo pipefail
-[ $# -ge 1 ] || { sed -n '2,6s/^# //p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,7s/^# //p' "$0"; exit 2; }
 FOLDER=$1 TAG=${2:-cp312}
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 VERSION=${TAG#cp}

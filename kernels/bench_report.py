@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tulu_hpc.kernels.contest import FAILED, OURS
-from tulu_hpc.kernels.timing import REHEARSAL, Run
+from tulu_hpc.kernels.timing import REHEARSAL, Run, Shape, Tables, parser, start
 
 NOT_MEASURED = "not measured"
 _DISTRIBUTIONS = (
@@ -58,6 +58,20 @@ def select(table: Iterable[Line], **columns: Any) -> list[Line]:
 def one(table: Iterable[Line], column: str, **columns: Any) -> float | None:
     """A column of the first line that `select` finds; None if there is no such line or it was not measured."""
     return next((line[column] for line in select(table, **columns)), None)
+
+
+def launch(
+    name: str,
+    description: str | None,
+    arguments: list[str] | None,
+    tables: Tables[Shape],
+    measure: Callable[[Shape, Run], list[dict[str, Any]]],
+    goals: Callable[[list[dict[str, Any]]], list[Goal]] | None = None,
+) -> None:
+    """A whole benchmark: the lines of every shape that the command line asks for, the goals, and `report`."""
+    run = start(parser(description).parse_args(arguments))
+    table = [line for shape in run.table(tables) for line in measure(shape, run)]
+    report(name, run, table, [] if goals is None else goals(table))
 
 
 def report(name: str, run: Run, table: Sequence[Line], goals: Sequence[Goal]) -> None:

@@ -6,6 +6,7 @@ be measured here. Those whose name starts with "ours" are this package's; the ot
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +54,14 @@ def backends(op: str, run: Run, names: Iterable[str] | None = None) -> dict[str,
             status = "interpreted: its time means nothing (--rehearse runs it)"
         found[name] = status
     return found
+
+
+def ours(op: str, run: Run, call: Callable[..., Any]) -> dict[str, Callable[..., Any] | str]:
+    """A contestant for each backend of `backends`: `call` with it as `backend`, or why it is not measured."""
+    return {
+        f"{OURS} {name}": partial(call, backend=name) if status == USABLE else status
+        for name, status in backends(op, run).items()
+    }
 
 
 def contest(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,16 @@ class Labelled(Protocol):
 
 
 Shape = TypeVar("Shape", bound=Labelled)
+
+
+class Tables(NamedTuple, Generic[Shape]):
+    """The shapes of a benchmark on either device, and how one of the GPU's shrinks for the rehearsal."""
+
+    cpu: Sequence[Shape]
+    cpu_quick: Sequence[Shape]
+    cuda: Sequence[Shape]
+    cuda_quick: Sequence[Shape]
+    shrink: Callable[[Shape], Shape]
 
 
 @dataclass(frozen=True)
@@ -64,26 +74,18 @@ class Run:
         """Whether a contestant is left out."""
         return any(word in name for word in self.skip)
 
-    def table(
-        self,
-        *,
-        cpu: Sequence[Shape],
-        cpu_quick: Sequence[Shape],
-        cuda: Sequence[Shape],
-        cuda_quick: Sequence[Shape],
-        shrink: Callable[[Shape], Shape],
-    ) -> list[Shape]:
+    def table(self, tables: Tables[Shape]) -> list[Shape]:
         """The shapes to measure; the rehearsal's are those of the GPU, shrunk.
 
         Raises:
             SystemExit: none has `only` in its label.
         """
         if self.rehearsal:
-            shapes = [shrink(shape) for shape in cuda]
+            shapes = [tables.shrink(shape) for shape in tables.cuda]
         elif self.device == "cuda":
-            shapes = list(cuda_quick if self.mode == QUICK else cuda)
+            shapes = list(tables.cuda_quick if self.mode == QUICK else tables.cuda)
         else:
-            shapes = list(cpu_quick if self.mode == QUICK else cpu)
+            shapes = list(tables.cpu_quick if self.mode == QUICK else tables.cpu)
         found = [shape for shape in shapes if self.only in shape.label]
         if not found:
             raise SystemExit(f"no shape has {self.only!r} in its label: {', '.join({s.label: 0 for s in shapes})}")

@@ -8,18 +8,17 @@ GB/s. ms, ratio (eager over this one), extra_MiB, kernel_us and launches as in t
 largest of the advantages against the loop in float64.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tulu_hpc.kernels import timing
 from tulu_hpc.kernels.bench_losses import COPY, EAGER
-from tulu_hpc.kernels.bench_report import report
-from tulu_hpc.kernels.contest import OURS, Contestant, backends, contest, lines
+from tulu_hpc.kernels.bench_report import launch
+from tulu_hpc.kernels.contest import Contestant, contest, lines, ours
 from tulu_hpc.kernels.gae.ops import OP, gae
-from tulu_hpc.kernels.registry import USABLE
-from tulu_hpc.kernels.timing import Run, copying
+from tulu_hpc.kernels.timing import Run, Tables, copying
 
 GAMMA, LAM = 1.0, 0.95
 
@@ -41,6 +40,9 @@ CUDA_QUICK = FULL[:1]
 def shrink(shape: Shape) -> Shape:
     """256 tokens in a quarter of the segments, 8 at most."""
     return shape._replace(tokens=256, segments=min(8, shape.segments // 4))
+
+
+TABLES = Tables(FULL, QUICK, CUDA, CUDA_QUICK, shrink)
 
 
 def make(tokens: int, segments: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,12 +77,7 @@ def measure(shape: Shape, run: Run) -> list[dict[str, Any]]:
     rewards, values, table = make(shape.tokens, shape.segments, run.device)
     exact = eager(rewards.double(), values.double(), table)
     contestants: dict[str, Contestant] = {EAGER: lambda: eager(rewards, values, table)}
-    for backend, status in backends(OP, run).items():
-
-        def ours(backend: str = backend) -> tuple[Tensor, Tensor]:
-            return gae(rewards, values, table, gamma=GAMMA, lam=LAM, backend=backend)
-
-        contestants[f"{OURS} {backend}"] = ours if status == USABLE else status
+    contestants |= ours(OP, run, partial(gae, rewards, values, table, gamma=GAMMA, lam=LAM))
 
     def error(result: Tensor | tuple[Tensor, ...]) -> float:
         advantages = result[0] if isinstance(result, tuple) else result
@@ -95,9 +92,7 @@ def measure(shape: Shape, run: Run) -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints tables and, as the last line, one JSON object."""
-    run = timing.start(timing.parser(__doc__).parse_args(arguments))
-    shapes = run.table(cpu=FULL, cpu_quick=QUICK, cuda=CUDA, cuda_quick=CUDA_QUICK, shrink=shrink)
-    report(OP, run, [line for shape in shapes for line in measure(shape, run)], [])
+    launch(OP, __doc__, arguments, TABLES, measure)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from tulu_hpc.kernels import timing
-from tulu_hpc.kernels.bench_report import Goal, Line, one, report, select, worst
+from tulu_hpc.kernels.bench_report import Goal, Line, launch, one, select, worst
 from tulu_hpc.kernels.contest import OURS, Contestant, backends, contest, lines
 from tulu_hpc.kernels.linear_logprob import buffers, onednn, peers
 from tulu_hpc.kernels.linear_logprob.ops import linear_logprob
 from tulu_hpc.kernels.registry import USABLE
-from tulu_hpc.kernels.timing import MIB, Run
+from tulu_hpc.kernels.timing import MIB, Run, Tables
 
 OP = "linear_logprob"
 BASELINE, SPEED, MEMORY = "dense", "ours speed", "ours memory"
@@ -62,9 +62,7 @@ SPEED_MIB, MEMORY_MIB = {1: 4608, 8: 600}, {1: 1024, 8: 300}  # by the number of
 
 
 def _head(model: str, hidden: int, tp: int, valid: float) -> Shape:
-    # The copy of the valid rows lies outside the buffers, and is not to exceed the goal with them.
-    copy = 8192 * valid * hidden * 2 / MIB if valid < 1 else 0
-    return Shape(f"{model} tp {tp}", 8192, hidden, 128256 // tp, valid, SPEED_MIB[tp], MEMORY_MIB[tp] - copy)
+    return Shape(f"{model} tp {tp}", 8192, hidden, 128256 // tp, valid, SPEED_MIB[tp], MEMORY_MIB[tp])
 
 
 # The heads of Llama 3.1 8B, 70B and 405B: whole, and the shard of 8 tensor-parallel ranks.
@@ -83,6 +81,9 @@ def shrink(shape: Shape) -> Shape:
     part = rows * vocab / (shape.rows * shape.vocab)
     speed, memory = max(1.0, shape.speed * part), max(0.01, shape.memory * part)
     return Shape(shape.label, rows, shape.hidden // 256, vocab, shape.valid, speed, memory)
+
+
+TABLES = Tables(CPU, CPU_QUICK, CUDA, CUDA_QUICK, shrink)
 
 
 def oracle(hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor, grad_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +105,15 @@ def products(shape: Shape, run: Run, mebibytes: float) -> int:
     """Of our GEMMs in forward and backward together, with a buffer of that size."""
     cpu = run.device == "cpu"
     used = shape.rows - ignored(shape)
-    sizes = buffers.Sizes(used, shape.hidden, shape.vocab, run.dtype.itemsize, not cpu, cpu and onednn.available())
+    sizes = buffers.Sizes(
+        used,
+        shape.hidden,
+        shape.vocab,
+        run.dtype.itemsize,
+        not cpu,
+        cpu and onednn.available(),
+        picked=used < shape.rows,
+    )
     return 3 if buffers.keeps_logits(sizes, int(mebibytes * MIB)) else 4
 
 
@@ -236,10 +245,7 @@ def _ahead(table: list[dict[str, Any]], mine: Line) -> float | None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints tables and, as the last line, one JSON object."""
-    run = timing.start(timing.parser(__doc__).parse_args(arguments))
-    shapes = run.table(cpu=CPU, cpu_quick=CPU_QUICK, cuda=CUDA, cuda_quick=CUDA_QUICK, shrink=shrink)
-    table = [line for shape in shapes for line in measure(shape, run)]
-    report(OP, run, table, goals(table))
+    launch(OP, __doc__, arguments, TABLES, measure, goals)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,17 @@ Shapes: U rows used, K targets, Vl local vocabulary shard.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tulu_hpc.kernels.linear_logprob.buffers import INVARIANT_COLUMNS, PAD_COLUMNS, PAD_HIDDEN
-from tulu_hpc.kernels.linear_logprob.problem import Operand, Problem, RowKernels, per_target
+from tulu_hpc.kernels.linear_logprob.buffers import PAD_COLUMNS, PAD_HIDDEN, Blocks, pads_weight
+from tulu_hpc.kernels.linear_logprob.problem import Problem, RowKernels, copy_rows, per_target
 
 LOWEST = torch.finfo(torch.float32).min
 
 
-def forward(problem: Problem, kernels: RowKernels, keep: bool, batch_invariant: bool = False) -> tuple[Tensor, Tensor]:
+def forward(problem: Problem, kernels: RowKernels, keep: bool) -> tuple[Tensor, Tensor]:
     """stats_K4 and the logits kept for the backward pass ([U, Vl], or [0, 0] when they are not kept)."""
-    hidden, weight = problem.hidden_UH, problem.weight_VlH
-    rows, vocab, dtype = hidden.shape[0], weight.shape[0], problem.compute_dtype
+    hidden, rows, vocab, dtype = problem.hidden_TH, problem.rows, len(problem.weight_VlH), problem.compute_dtype
     plan = problem.plan(keep)
     state_3U = hidden.new_zeros(3, rows, dtype=dtype)
     state_3U[0] = LOWEST
@@ -37,11 +35,13 @@ def forward(problem: Problem, kernels: RowKernels, keep: bool, batch_invariant: 
             problem.softcap,
         )
 
-    if batch_invariant:
-        _invariant_products(problem, kernels, kept if plan.strategy == "kept" else None, row_pass)
-    elif rows and vocab:
+    if not (rows and vocab):
+        pass
+    elif problem.invariant_rows:
+        _invariant_products(problem, plan.forward, kept if plan.strategy == "kept" else None, row_pass)
+    else:
         height, columns = plan.forward.rows, plan.forward.columns
-        hidden_piece, weight_piece = Operand(problem, hidden, height), Operand(problem, weight, columns)
+        hidden_piece, weight_piece = problem.hidden(height), problem.weight(columns)
         buffer = hidden.new_empty(0 if plan.strategy == "kept" else height * columns, dtype=dtype)
         for c0 in range(0, vocab, columns):
             c1 = min(c0 + columns, vocab)
@@ -60,28 +60,29 @@ def forward(problem: Problem, kernels: RowKernels, keep: bool, batch_invariant: 
 
 
 def _invariant_products(
-    problem: Problem, kernels: RowKernels, kept: Tensor | None, row_pass: Callable[[Tensor, int, int], None]
+    problem: Problem, shape: Blocks, kept: Tensor | None, row_pass: Callable[[Tensor, int, int], None]
 ) -> None:
-    """Logits by GEMMs of one fixed shape, on copies of the operands that are padded with zeros."""
-    hidden, weight, dtype = problem.hidden_UH, problem.weight_VlH, problem.compute_dtype
-    rows, width = hidden.shape
-    assert kernels.invariant_rows is not None
-    height, pad = kernels.invariant_rows, -width % PAD_HIDDEN
-    columns = min(INVARIANT_COLUMNS, len(weight) + -len(weight) % PAD_COLUMNS)
-    size = height * columns * dtype.itemsize
-    if size > problem.max_buffer_bytes:
-        raise ValueError(f"batch_invariant needs max_buffer_bytes of {size} at least, got {problem.max_buffer_bytes}")
-    hidden_RH = hidden.new_zeros(height, width + pad, dtype=dtype)
-    buffer_RC = hidden.new_empty(height, columns, dtype=dtype)
-    for c0 in range(0, len(weight), columns):
-        weight_CH = weight[c0 : c0 + columns].to(dtype)
-        count = len(weight_CH)
-        weight_CH = F.pad(weight_CH, (0, pad, 0, columns - count))
-        for r0 in range(0, rows, height):
-            r1 = min(r0 + height, rows)
-            hidden_RH[: r1 - r0, :width] = hidden[r0:r1]
-            problem.gemm(hidden_RH, weight_CH.T, buffer_RC)
-            logits = buffer_RC[: r1 - r0, :count]
+    """Logits by GEMMs of fixed shapes, on copies of the operands that are padded with zeros where they must be."""
+    hidden, weight, dtype = problem.hidden_TH, problem.weight_VlH, problem.compute_dtype
+    vocab, width = weight.shape
+    padded = width + -width % PAD_HIDDEN
+    hidden_RH = hidden.new_zeros(shape.rows, padded, dtype=dtype)
+    copies = weight.dtype != dtype or pads_weight(width, vocab)
+    weight_CH = weight.new_zeros(shape.columns, padded, dtype=dtype) if copies else weight
+    buffer = hidden.new_empty(shape.rows * shape.columns, dtype=dtype)
+    for c0 in range(0, vocab, shape.columns):
+        count = min(shape.columns, vocab - c0)
+        columns = count + -count % PAD_COLUMNS
+        logits_RC = buffer[: shape.rows * columns].view(shape.rows, columns)
+        if copies:
+            weight_CH[:count, :width] = weight[c0 : c0 + count]
+            weight_CH[count:] = 0
+        block_CH = weight_CH[:columns] if copies else weight[c0 : c0 + count]
+        for r0 in range(0, problem.rows, shape.rows):
+            r1 = min(r0 + shape.rows, problem.rows)
+            copy_rows(hidden, problem.rows_U, r0, r1, hidden_RH[: r1 - r0, :width])
+            problem.gemm(hidden_RH, block_CH.T, logits_RC)
+            logits = logits_RC[: r1 - r0, :count]
             row_pass(logits, r0, c0)
             if kept is not None:
                 kept[r0:r1, c0 : c0 + count] = logits

@@ -4,7 +4,7 @@ Pure arithmetic on sizes (backends `cpu` and `cuda`), so that a planner can ask 
 
 Shapes: N rows used, H hidden, Vl local vocabulary shard, R x C one block. Bytes per element: o of the operands, s of
 the logits (8 for float64, else 4). "Half": bf16 operands on CUDA, whose GEMM writes fp32. "Widened": bf16 operands on
-CPU, copied to fp32 piece by piece.
+CPU, copied to fp32 piece by piece. "Picked": some rows of hidden are used, and copied block by block.
 
 Forward                                                     Backward
     logits kept      N Vl s                                     kept as before, and the gradient of a piece of them:
@@ -15,12 +15,14 @@ Forward                                                     Backward
                                                                 "whole" (half, when Vl 2 <= H 4): block R C 4 and the
                                                                 gradient of all logits N Vl 2, no sums
 Widened: pieces of both operands, (C + R) H 4. oneDNN: its results before they are added up.
+Picked: the rows of a block, R H o (N H o where logits are kept or "whole"), and while their gradient moves to its
+places in that of all rows, a few of it. Batch-invariant: blocks of one shape, and padded copies of their operands.
 Each logit is computed once where logits are kept (6 N H Vl FLOPs in all), else twice (8 N H Vl).
 """
 
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tulu_hpc.kernels.linear_logprob import onednn
@@ -39,11 +41,15 @@ KEPT_ROWS = 2048
 MIN_KEPT_ROWS = 256
 # Blocks get this much even when the sums beside them take the whole budget.
 LEAST_BLOCK_BYTES = 32 * 2**20
-# Batch-invariant GEMMs all have this many columns; their operands are padded to multiples of PAD_COLUMNS and
-# PAD_HIDDEN, because the vendor GEMM computes ragged edges in another order.
+# Batch-invariant GEMMs on CPU have this many rows: as fast as a large one, and fewer would be padded to it.
+INVARIANT_ROWS = 64
+# And this many columns; their operands are padded to multiples of PAD_COLUMNS and PAD_HIDDEN, because the vendor GEMM
+# computes ragged edges in another order.
 INVARIANT_COLUMNS = 2048
 PAD_COLUMNS = 64
 PAD_HIDDEN = 16
+MOVED_ROWS = 512
+MOVED_CPU_ROWS = 32
 # Blocks that are narrower than the vocabulary have a multiple of this many columns, if they have as many.
 COLUMN_MULTIPLE = 64
 
@@ -53,7 +59,10 @@ Size = Callable[[int, int], int]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the buffers depend on; operand_bytes: 2, 4 or 8."""
+    """What the buffers depend on; operand_bytes: 2, 4 or 8.
+
+    picked: the rows are some of those of hidden. invariant_rows: of a batch-invariant GEMM, 0 for another forward pass.
+    """
 
     rows: int
     hidden: int
@@ -61,6 +70,8 @@ class Sizes:
     operand_bytes: int
     cuda: bool
     onednn: bool = False
+    picked: bool = False
+    invariant_rows: int = 0
 
     @property
     def half(self) -> bool:
@@ -113,6 +124,7 @@ def extra_bytes(
     cuda: bool,
     gradients: bool = True,
     total_rows: int | None = None,
+    batch_invariant: bool = False,
 ) -> int:
     """Bytes of `linear_logprob` beyond its arguments and the gradients it returns, at the peak.
 
@@ -121,20 +133,18 @@ def extra_bytes(
         vocab: Vl, rows of this rank's weight.
         cuda: backend `cuda`; else `cpu`.
         gradients: forward and backward; else forward alone.
-        total_rows: rows of hidden. When N of them are used, those are copied, and so is their gradient.
+        total_rows: rows of hidden, None for N. When N of more are used, they are copied block by block.
+        batch_invariant: as in `linear_logprob` (backend `cpu`).
+
+    Raises:
+        ValueError: see `plan_buffers`.
     """
     uses_onednn = not cuda and operand_bytes < 8 and onednn.available()
-    plan = plan_buffers(
-        Sizes(rows, hidden, vocab, operand_bytes, cuda, uses_onednn), max_buffer_bytes, allow_keep=gradients
-    )
-    forward, backward = sum(plan.forward_bytes.values()), sum(plan.backward_bytes.values())
-    if total_rows is None or total_rows == rows:
-        return max(forward, backward) if gradients else forward
-    copy = rows * hidden * operand_bytes
-    if not gradients:
-        return copy + forward
-    # The gradient of all rows of hidden is made last, when the buffers are gone.
-    return max(copy + forward, 2 * copy + max(0, backward - total_rows * hidden * operand_bytes))
+    picked = total_rows is not None and total_rows != rows
+    invariant_rows = INVARIANT_ROWS if batch_invariant else 0
+    sizes = Sizes(rows, hidden, vocab, operand_bytes, cuda, uses_onednn, picked, invariant_rows)
+    plan = plan_buffers(sizes, max_buffer_bytes, allow_keep=gradients)
+    return plan.extra_bytes if gradients else sum(plan.forward_bytes.values())
 
 
 def plan_buffers(sizes: Sizes, max_buffer_bytes: int, allow_keep: bool) -> Plan:
@@ -145,7 +155,7 @@ def plan_buffers(sizes: Sizes, max_buffer_bytes: int, allow_keep: bool) -> Plan:
     LEAST_BLOCK_BYTES of a budget that is smaller than the sums.
 
     Raises:
-        ValueError: the budget does not hold one logit.
+        ValueError: the budget does not hold one logit, or one block of a batch-invariant pass.
     """
     if max_buffer_bytes < sizes.logit_bytes:
         raise ValueError(f"max_buffer_bytes={max_buffer_bytes} does not hold one logit of {sizes.logit_bytes} bytes")
@@ -153,17 +163,22 @@ def plan_buffers(sizes: Sizes, max_buffer_bytes: int, allow_keep: bool) -> Plan:
     empty = sizes.rows == 0 or sizes.vocab == 0
     statistics = {"statistics": _statistics(sizes)}
     room = _room(sizes, max_buffer_bytes)
+    if sizes.invariant_rows and not empty:
+        need = sum(_invariant(sizes)[1].values())
+        if need > room:
+            least = min(need + _statistics(sizes), 2 * need)
+            raise ValueError(f"batch_invariant needs max_buffer_bytes of {least} at least, got {max_buffer_bytes}")
     if allow_keep and not empty and (kept := _kept(sizes, room)):
         forward, backward, scratch = kept
         logits = {"kept logits": rows * vocab * sizes.logit_bytes}
-        copies = {"operands": _operand_bytes(sizes, forward), "products": _logit_products(sizes, forward)}
-        return Plan("kept", forward, backward, statistics | logits | copies, statistics | logits | scratch)
-    forward = _fit(sizes, room, lambda r, c: _block_bytes(sizes, r, c))
-    forward_bytes = {
-        "block of logits": forward.rows * forward.columns * sizes.logit_bytes,
-        "operands": _operand_bytes(sizes, forward),
-        "products": _logit_products(sizes, forward),
-    }
+        beside = _beside_kept(sizes)[1]
+        return Plan("kept", forward, backward, statistics | logits | beside, statistics | logits | scratch)
+    if sizes.invariant_rows:
+        forward, forward_bytes = _invariant(sizes)
+    else:
+        forward = _fit(sizes, room, lambda r, c: _block_bytes(sizes, r, c))
+        logits = {"block of logits": forward.rows * forward.columns * sizes.logit_bytes}
+        forward_bytes = logits | _copies(sizes, forward)
     strategy, backward, backward_bytes = _recomputed(sizes, room)
     if empty:
         forward_bytes, backward_bytes = {}, {}
@@ -205,7 +220,58 @@ def _fit(sizes: Sizes, room: int, size: Size) -> Blocks:
 
 
 def _operand_bytes(sizes: Sizes, block: Blocks) -> int:
-    return (block.rows + block.columns) * sizes.hidden * 4 if sizes.widened else 0
+    """Copies of operands. Rows that are picked and widened have both forms for a moment."""
+    widened = (block.rows + block.columns) * 4 if sizes.widened else 0
+    picked = block.rows * sizes.operand_bytes if sizes.picked else 0
+    return (widened + picked) * sizes.hidden
+
+
+def moved_rows(cuda: bool) -> int:
+    """Rows of a gradient that are moved at once."""
+    return MOVED_ROWS if cuda else MOVED_CPU_ROWS
+
+
+def _moved_bytes(sizes: Sizes) -> int:
+    """Rows of the gradient of hidden on their way to their places."""
+    rows = min(sizes.rows, moved_rows(sizes.cuda))
+    return rows * sizes.hidden * sizes.operand_bytes if sizes.picked else 0
+
+
+def _copies(sizes: Sizes, block: Blocks) -> dict[str, int]:
+    """What the forward pass holds beside the logits of a block."""
+    return {"operands": _operand_bytes(sizes, block), "products": _logit_products(sizes, block)}
+
+
+def _beside_kept(sizes: Sizes) -> tuple[Blocks, dict[str, int]]:
+    """Block of the forward pass where logits are kept, and what it holds beside them."""
+    if sizes.invariant_rows:
+        return _invariant(sizes)
+    block = Blocks(sizes.rows, sizes.vocab if sizes.cuda else min(sizes.vocab, CPU_COLUMNS))
+    return block, _copies(sizes, block)
+
+
+def invariant_columns(vocab: int) -> int:
+    """Columns of the batch-invariant blocks; the last one may have fewer, a multiple of PAD_COLUMNS too."""
+    return min(INVARIANT_COLUMNS, vocab + -vocab % PAD_COLUMNS)
+
+
+def pads_weight(hidden: int, vocab: int) -> bool:
+    """Whether a batch-invariant block of the weight needs padding."""
+    return bool(hidden % PAD_HIDDEN or vocab % PAD_COLUMNS)
+
+
+def _invariant(sizes: Sizes) -> tuple[Blocks, dict[str, int]]:
+    """Block and buffers of a batch-invariant forward pass."""
+    block = Blocks(sizes.invariant_rows, invariant_columns(sizes.vocab))
+    width = sizes.hidden + -sizes.hidden % PAD_HIDDEN
+    copied = block.columns if sizes.widened or pads_weight(sizes.hidden, sizes.vocab) else 0
+    picked = block.rows * sizes.hidden * sizes.operand_bytes if sizes.picked else 0
+    products = onednn.exact_product_bytes(block.rows, width, block.columns) if sizes.onednn else 0
+    return block, {
+        "block of logits": block.rows * block.columns * sizes.logit_bytes,
+        "operands": (block.rows + copied) * width * sizes.logit_bytes + picked,
+        "products": products,
+    }
 
 
 def _logit_products(sizes: Sizes, block: Blocks) -> int:
@@ -234,15 +300,32 @@ def _products(sizes: Sizes, r: int, c: int, recompute: bool) -> int:
 
 def _kept(sizes: Sizes, budget: int) -> tuple[Blocks, Blocks, dict[str, int]] | None:
     """Blocks of both passes and scratch of the backward pass beside kept logits; None when they do not fit."""
+    room = budget - sizes.rows * sizes.vocab * sizes.logit_bytes
+    beside = _gradients_from_kept(sizes, room)
+    forward, buffers = _beside_kept(sizes)
+    return None if beside is None or sum(buffers.values()) > room else (forward, *beside)
+
+
+def kept_blocks(sizes: Sizes, kept_rows: int, max_buffer_bytes: int) -> Blocks | None:
+    """Blocks of the backward pass of some rows from the kept logits of `kept_rows`; None when they do not fit."""
+    of_all = replace(sizes, rows=kept_rows)
+    room = _room(of_all, max_buffer_bytes) - kept_rows * sizes.vocab * sizes.logit_bytes
+    found = _gradients_from_kept(sizes, room)
+    return found and found[0]
+
+
+def _gradients_from_kept(sizes: Sizes, room: int) -> tuple[Blocks, dict[str, int]] | None:
+    """Blocks and scratch of the backward pass, of `room` beside the kept logits at most."""
     rows, vocab, hidden, size = sizes.rows, sizes.vocab, sizes.hidden, sizes.logit_bytes
-    room = budget - rows * vocab * size
+    moved = _moved_bytes(sizes)
     if sizes.half:
-        height = min(rows, KEPT_ROWS, room // (2 * vocab))
+        copies = moved + _operand_bytes(sizes, Blocks(rows, vocab))
+        height = min(rows, KEPT_ROWS, (room - copies) // (2 * vocab))
         if height < min(rows, MIN_KEPT_ROWS, KEPT_ROWS):
             return None
         columns = max(1, height * vocab // rows)
-        scratch = {"gradient of logits": 2 * max(height * vocab, rows * columns)}
-        return Blocks(rows, vocab), Blocks(height, columns), scratch
+        logits = 2 * max(height * vocab, rows * columns)
+        return Blocks(height, columns), {"gradient of logits": logits, "copies of rows": copies}
     columns = min(vocab, SCRATCH_COLUMNS if sizes.cuda else CPU_COLUMNS)
     block = Blocks(rows, columns)
     scratch = {
@@ -251,19 +334,20 @@ def _kept(sizes: Sizes, budget: int) -> tuple[Blocks, Blocks, dict[str, int]] | 
         "gradient of weight": columns * hidden * 4 if sizes.widened else 0,
         "operands": _operand_bytes(sizes, block),
         "products": _products(sizes, rows, columns, recompute=False),
+        "moved rows": moved,
     }
-    forward = Blocks(rows, vocab if sizes.cuda else columns)
-    temporaries = _operand_bytes(sizes, forward) + _logit_products(sizes, forward)
-    return None if max(sum(scratch.values()), temporaries) > room else (forward, block, scratch)
+    return None if sum(scratch.values()) > room else (block, scratch)
 
 
 def _recomputed(sizes: Sizes, budget: int) -> tuple[Strategy, Blocks, dict[str, int]]:
     rows, vocab, hidden = sizes.rows, sizes.vocab, sizes.hidden
-    least = min(budget, LEAST_BLOCK_BYTES)
+    least, moved = min(budget, LEAST_BLOCK_BYTES), _moved_bytes(sizes)
     if sizes.half and vocab <= 2 * hidden:
-        whole = rows * vocab * 2
-        block = _fit(sizes, max(budget - whole, least), lambda r, c: 4 * r * c)
-        return "whole", block, {"block of logits": 4 * block.rows * block.columns, "gradient of logits": whole}
+        whole, copies = rows * vocab * 2, _operand_bytes(sizes, Blocks(rows, vocab))
+        block = _fit(sizes, max(budget - whole - copies, least), lambda r, c: 4 * r * c)
+        # Rows move when the block is gone.
+        scratch = {"block of logits": max(4 * block.rows * block.columns, moved)}
+        return "whole", block, scratch | {"gradient of logits": whole, "copies of rows": copies}
     sums = rows * hidden * 4 if sizes.operand_bytes == 2 else 0
 
     def buffers(r: int, c: int) -> dict[str, int]:
@@ -274,6 +358,7 @@ def _recomputed(sizes: Sizes, budget: int) -> tuple[Strategy, Blocks, dict[str, 
             "gradient of weight": c * hidden * 4 if weight_sums else 0,
             "operands": _operand_bytes(sizes, Blocks(r, c)),
             "products": _products(sizes, r, c, recompute=True),
+            "moved rows": moved,
         }
 
     block = _fit(sizes, max(budget - sums, least), lambda r, c: sum(buffers(r, c).values()))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tulu_hpc.kernels.linear_logprob.buffers import INVARIANT_ROWS
 from tulu_hpc.kernels.native import check, core
 
 
@@ -10,8 +11,7 @@ class CpuRows:
     """See `problem.RowKernels`."""
 
     name = "cpu"
-    # A GEMM of this many rows runs at the speed of a large one; fewer would be padded to it.
-    invariant_rows = 64
+    invariant_rows = INVARIANT_ROWS
 
     def forward(
         self,

@@ -50,9 +50,6 @@ class _Operands(NamedTuple):
     row_start_U1: Tensor
     rows_U: Tensor | None
 
-    def used_rows(self, rows: Tensor) -> Tensor:
-        return rows if self.rows_U is None else rows.index_select(0, self.rows_U)
-
 
 class _Settings(NamedTuple):
     inv_temperature: float
@@ -67,10 +64,11 @@ class _Settings(NamedTuple):
     def gathers(self) -> bool:
         return bool(self.group) and self.sequence_parallel
 
-    def problem(self, operands: _Operands, hidden_UH: Tensor) -> Problem:
-        with_onednn = self.backend == "cpu" and onednn.available()
+    def problem(self, operands: _Operands, gathered_UH: Tensor, batch_invariant: bool = False) -> Problem:
+        """gathered_UH: the used rows where hidden is gathered over ranks."""
+        kernels = ROWS.get(self.backend)
         return Problem(
-            hidden_UH,
+            gathered_UH if self.gathers else operands.hidden_TH,
             operands.weight_VlH,
             operands.target_K,
             operands.row_start_U1,
@@ -78,7 +76,9 @@ class _Settings(NamedTuple):
             self.softcap,
             self.vocab_start,
             self.max_buffer_bytes,
-            onednn=with_onednn,
+            onednn=self.backend == "cpu" and onednn.available(),
+            rows_U=None if self.gathers else operands.rows_U,
+            invariant_rows=(kernels.invariant_rows or 0) if kernels and batch_invariant else 0,
         )
 
 
@@ -98,24 +98,25 @@ def _stats(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     hidden_TH = operands.hidden_TH
     gathered = hidden_TH.new_empty(0, 0)
     if settings.gathers:
-        hidden_UH = gathered = operands.used_rows(tensor_parallel.gather_rows(hidden_TH, settings.group))
-    else:
-        hidden_UH = operands.used_rows(hidden_TH)
-    problem = settings.problem(operands, hidden_UH)
+        gathered = tensor_parallel.gather_rows(hidden_TH, settings.group)
+        if operands.rows_U is not None:
+            gathered = gathered.index_select(0, operands.rows_U)
+    problem = settings.problem(operands, gathered, batch_invariant)
     if settings.backend == "triton":
         from tulu_hpc.kernels.linear_logprob import triton_kernels
 
-        with torch.cuda.device_of(hidden_UH):  # Triton launches on the current device
+        with torch.cuda.device_of(hidden_TH):  # Triton launches on the current device
             stats = triton_kernels.forward(problem)
-        return stats, hidden_UH.new_empty(0, 0, dtype=torch.float32), gathered
-    stats, logits = blocks.forward(problem, ROWS[settings.backend], keep, batch_invariant)
+        return stats, hidden_TH.new_empty(0, 0, dtype=torch.float32), gathered
+    stats, logits = blocks.forward(problem, ROWS[settings.backend], keep)
     return stats, logits, gathered
 
 
 def _stats_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    operands, settings, (keep, _) = _split(arguments)
+    operands, settings, (keep, batch_invariant) = _split(arguments)
     hidden_TH, rows = operands.hidden_TH, operands.row_start_U1.shape[0] - 1
-    problem = settings.problem(operands, hidden_TH.new_empty(rows, hidden_TH.shape[1]))
+    gathered = hidden_TH.new_empty((rows, hidden_TH.shape[1]) if settings.gathers else (0, 0))
+    problem = settings.problem(operands, gathered, batch_invariant)
     dtype, shape = problem.compute_dtype, (0, 0)
     may_keep = keep and settings.backend != "triton"
     if may_keep and buffers.keeps_logits(problem.sizes(), settings.max_buffer_bytes):
@@ -123,7 +124,7 @@ def _stats_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (
         hidden_TH.new_empty(len(operands.target_K), 4, dtype=dtype),
         hidden_TH.new_empty(shape, dtype=dtype),
-        hidden_TH.new_empty((rows, hidden_TH.shape[1]) if settings.gathers else (0, 0)),
+        gathered,
     )
 
 
@@ -133,19 +134,18 @@ def _stats_backward(
     operands, settings, (need_hidden, need_weight) = _split(arguments)
     record(OP, settings.backend)
     hidden_TH = operands.hidden_TH
-    problem = settings.problem(operands, gathered if settings.gathers else operands.used_rows(hidden_TH))
+    problem = settings.problem(operands, gathered)
     reduction = tensor_parallel.HiddenReduction(hidden_TH, operands.rows_U, settings.group, settings.gathers)
+    hidden_gradient = reduction if need_hidden else None
     grad_K4 = grad_K4.contiguous()
     if settings.backend == "triton":
         from tulu_hpc.kernels.linear_logprob import triton_kernels
 
         with torch.cuda.device_of(hidden_TH):
-            grad_weight = triton_kernels.backward(problem, stats_K4, grad_K4, need_hidden, need_weight, reduction.start)
+            grad_weight = triton_kernels.backward(problem, stats_K4, grad_K4, hidden_gradient, need_weight)
     else:
         kernels = ROWS[settings.backend]
-        grad_weight = gradients.backward(
-            problem, kernels, stats_K4, grad_K4, logits, need_hidden, need_weight, reduction.start
-        )
+        grad_weight = gradients.backward(problem, kernels, stats_K4, grad_K4, logits, hidden_gradient, need_weight)
     return reduction.wait() if need_hidden else hidden_TH.new_empty(0), grad_weight
 
 

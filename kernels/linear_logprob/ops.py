@@ -65,8 +65,9 @@ def linear_logprob(
         tp_group: the ranks that share the vocabulary. The op gathers hidden rows (`sequence_parallel`) and reduces the
             gradient of hidden itself; statistics are merged by one all-gather of four numbers per target.
         vocab_start: id of this shard's first row; default rank * Vl.
-        max_buffer_bytes: bound on memory beyond arguments and gradients, default 256 MiB: logits, scratch and fp32
-            sums. `buffers.extra_bytes` says what a call takes, also where sums alone need more than the bound.
+        max_buffer_bytes: bound on memory beyond arguments and gradients, default 256 MiB: logits, scratch, fp32 sums,
+            copies of used rows and of padded operands. `buffers.extra_bytes` says what a call takes, also where sums
+            alone need more than the bound. "triton" and the rows that `sequence_parallel` gathers are outside it.
         batch_invariant: the outputs of a target are bitwise the same whatever other targets and rows are in the call,
             in whatever order ("reference": one row at a time; "cpu" and "triton": blocks of a fixed shape). Gradients
             are not.
@@ -74,7 +75,7 @@ def linear_logprob(
             chooses by device.
 
     Raises:
-        ValueError, TypeError: wrong shapes, dtypes, devices or values.
+        ValueError, TypeError: wrong shapes, dtypes, devices or values; a budget that holds no block.
         BackendError: the backend cannot run here, or offers no batch invariance.
     """
     _check(hidden_TH, weight_VlH, target_K, row_K, temperature, softcap, max_buffer_bytes)

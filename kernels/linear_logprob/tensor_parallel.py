@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tulu_hpc.kernels.linear_logprob.problem import spread_rows
+
 # A shard whose maximum is this far below the global one contributes exactly 0; the bound keeps products finite.
 _FAR_BELOW = -1e6
 
@@ -30,47 +32,56 @@ def gather_rows(x: Tensor, group: str) -> Tensor:
 
 
 class HiddenReduction:
-    """Sum of the gradient of hidden over the ranks, begun by `start` and finished by `wait`.
+    """Sum of the gradient of hidden over the ranks, begun by `start` and finished by `wait`: `problem.HiddenGradient`.
+
+    The gradient of the used rows is written to the front of that of all rows, and moves to its places within it.
 
     Args:
         hidden_TH: the operand whose gradient is wanted; only its shape is used.
-        rows_U: row of each gradient that `start` gets, None for all in order.
+        rows_U: the used rows, ascending; None for all.
         group: name of the process group, "" for one rank.
         scatter: hidden is this rank's slice of the rows (sequence parallelism).
     """
 
     def __init__(self, hidden_TH: Tensor, rows_U: Tensor | None, group: str, scatter: bool) -> None:
-        self._shape, self._rows_U, self._scatter = hidden_TH.shape, rows_U, scatter
+        self._hidden, self._rows_U, self._scatter = hidden_TH, rows_U, scatter
         self._group = _group(group) if group else None
         self._work: dist.Work | None = None
-        self._source: Tensor | None = None
-        self._result: Tensor | None = None
+        # Of all rows; under `scatter` those of all ranks, kept until the collective is over, which reads it on another
+        # stream.
+        self._all: Tensor | None = None
+        self._mine: Tensor | None = None
 
-    def start(self, grad_UH: Tensor) -> None:
+    def rows_UH(self) -> Tensor:
+        if self._all is None:
+            ranks = self._group.size() if self._group is not None and self._scatter else 1
+            self._all = self._hidden.new_empty(len(self._hidden) * ranks, self._hidden.shape[1])
+        return self._all if self._rows_U is None else self._all[: len(self._rows_U)]
+
+    def start(self) -> None:
         """Begins the all-reduce of the used rows, or under `scatter` the reduce-scatter of all rows."""
-        if self._group is None:
-            self._result = grad_UH
-        elif not self._scatter:
-            self._result = grad_UH
-            self._work = dist.all_reduce(grad_UH, group=self._group, async_op=True)
-        else:
-            rows = self._shape[0] * self._group.size()
-            # Kept until the collective is over, which reads it on another stream.
-            self._source = self._all_rows(grad_UH, rows)
-            self._result = grad_UH.new_empty(self._shape)
-            self._work = dist.reduce_scatter_tensor(self._result, self._source, group=self._group, async_op=True)
+        rows_UH = self.rows_UH()
+        assert self._all is not None
+        if self._group is not None and self._scatter:
+            self._spread()
+            self._mine = self._all.new_empty(self._hidden.shape)
+            self._work = dist.reduce_scatter_tensor(self._mine, self._all, group=self._group, async_op=True)
+        elif self._group is not None:
+            self._work = dist.all_reduce(rows_UH, group=self._group, async_op=True)
 
     def wait(self) -> Tensor:
         """The gradient of hidden_TH."""
-        assert self._result is not None, "start was not called"
+        assert self._all is not None, "start was not called"
         if self._work is not None:
             self._work.wait()
-        return self._result if self._scatter else self._all_rows(self._result, self._shape[0])
+        if self._mine is not None:
+            return self._mine
+        self._spread()
+        return self._all
 
-    def _all_rows(self, grad_UH: Tensor, rows: int) -> Tensor:
-        if self._rows_U is None:
-            return grad_UH
-        return grad_UH.new_zeros(rows, self._shape[1]).index_copy_(0, self._rows_U, grad_UH)
+    def _spread(self) -> None:
+        if self._rows_U is not None and self._all is not None:
+            spread_rows(self._all, self._rows_U)
 
 
 class GatherStatistics(torch.autograd.Function):

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tulu_hpc.kernels.ahead_of_time import Case
-from tulu_hpc.kernels.linear_logprob.problem import HiddenDone, Problem, drop_zero_rows, per_target
+from tulu_hpc.kernels.linear_logprob.problem import HiddenGradient, Problem, drop_zero_rows, per_target, spread_rows
 from tulu_hpc.kernels.triton_dot import dot
 
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -238,7 +238,7 @@ def backward_tiles(
 
 def forward(problem: Problem) -> Tensor:
     """stats_K4, as `blocks.forward` gives them."""
-    hidden, weight = problem.hidden_UH, problem.weight_VlH
+    hidden, weight = problem.used_rows(), problem.weight_VlH
     (rows, width), vocab = hidden.shape, weight.shape[0]
     picked_K = hidden.new_full((len(problem.target_K),), -torch.inf, dtype=torch.float32)
     per_row = hidden.new_zeros(rows, 3, dtype=torch.float32)
@@ -274,14 +274,13 @@ def backward(
     problem: Problem,
     stats_K4: Tensor,
     grad_K4: Tensor,
-    need_hidden: bool,
+    hidden_gradient: HiddenGradient | None,
     need_weight: bool,
-    hidden_done: HiddenDone,
 ) -> Tensor:
     """As `gradients.backward`; every logit is computed again."""
-    width, all_rows = problem.hidden_UH.shape[1], problem.hidden_UH.shape[0]
     problem, stats_K4, grad_K4, rows_A = drop_zero_rows(problem, stats_K4, grad_K4)
-    hidden, weight = problem.hidden_UH, problem.weight_VlH
+    hidden, weight = problem.used_rows(), problem.weight_VlH
+    width = hidden.shape[1]
     work = bool(hidden.shape[0] and weight.shape[0] and width)
     per_row = hidden.new_empty(4, hidden.shape[0], dtype=torch.float32)
     config = BACKWARD[hidden.dtype]
@@ -314,13 +313,15 @@ def backward(
             **config,
         )
 
-    if need_hidden:
-        grad_hidden = torch.empty_like(hidden) if work else torch.zeros_like(hidden)
+    if hidden_gradient is not None:
+        grad_hidden = hidden_gradient.rows_UH()
         if work:
-            launch(grad_hidden, True)
+            launch(grad_hidden[: len(hidden)], True)
+        else:
+            grad_hidden.zero_()
         if rows_A is not None:
-            grad_hidden = grad_hidden.new_zeros(all_rows, width).index_copy_(0, rows_A, grad_hidden)
-        hidden_done(grad_hidden)
+            spread_rows(grad_hidden, rows_A)
+        hidden_gradient.start()
     if not need_weight:
         return weight.new_empty(0)
     grad_weight = torch.empty_like(weight) if work else torch.zeros_like(weight)

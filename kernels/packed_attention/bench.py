@@ -125,13 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--part", choices=("attention", "layer"), help="default: both")
     options = parser.parse_args(arguments)
     run = timing.start(options)
-    chosen = run.table(
-        cpu=shapes.CPU,
-        cpu_quick=shapes.CPU_QUICK,
-        cuda=shapes.CUDA,
-        cuda_quick=shapes.CUDA_QUICK,
-        shrink=shapes.shrink,
-    )
+    chosen = run.table(shapes.TABLES)
     table: list[dict[str, Any]] = []
     if options.part != "layer":
         table += [line for shape in chosen for line in measure_attention(shape, run)]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tulu_hpc.kernels.packed_attention.contestants import Pack
-from tulu_hpc.kernels.timing import Run
+from tulu_hpc.kernels.timing import Run, Tables
 
 
 class Shape(NamedTuple):
@@ -73,6 +73,9 @@ def shrink(shape: Shape) -> Shape:
         R=shape.R // length, heads=heads, kv_heads=kv_heads, head_dim=max(16, shape.head_dim // 8),
         hidden=shape.hidden // 128, ffn=shape.ffn // 128,
     )  # fmt: skip
+
+
+TABLES = Tables(CPU, CPU_QUICK, CUDA, CUDA_QUICK, shrink)
 
 
 def packs(shape: Shape, run: Run) -> dict[str, Pack]:

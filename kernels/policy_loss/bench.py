@@ -15,21 +15,20 @@ Columns:
     kernel_us, launches   CUDA: time inside kernels and their number, by the profiler
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tulu_hpc.kernels import timing
 from tulu_hpc.kernels.bench_losses import EAGER, Loss, loss_goals, loss_lines
-from tulu_hpc.kernels.bench_report import Goal, report
-from tulu_hpc.kernels.contest import OURS, backends
+from tulu_hpc.kernels.bench_report import Goal, launch
+from tulu_hpc.kernels.contest import ours
 from tulu_hpc.kernels.policy_loss.ops import OP, policy_loss
 from tulu_hpc.kernels.policy_loss.value import OP as VALUE
 from tulu_hpc.kernels.policy_loss.value import value_loss
-from tulu_hpc.kernels.registry import USABLE
-from tulu_hpc.kernels.timing import Run
+from tulu_hpc.kernels.timing import Run, Tables
 
 KINDS: dict[str, dict[str, Any]] = {
     "grpo": {"kind": "grpo", "clip_high": 0.28, "normalisation": "token_mean"},
@@ -60,6 +59,9 @@ CUDA_QUICK = _shapes(("64k, Q 64", 65536, 64))
 def shrink(shape: Shape) -> Shape:
     """512 tokens in a quarter of the sequences, 16 at most."""
     return shape._replace(tokens=512, sequences=min(16, shape.sequences // 4))
+
+
+TABLES = Tables(FULL, QUICK, CUDA, CUDA_QUICK, shrink)
 
 
 def make(tokens: int, sequences: int, device: str) -> dict[str, Tensor]:
@@ -145,18 +147,14 @@ def measure(shape: Shape, run: Run) -> list[dict[str, Any]]:
     def theirs(c: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         return eager_value(c) if value else eager(c, shape.sequences, options)
 
-    def ours(backend: str) -> tuple[Tensor, Any]:
-        if value:
-            out = value_loss(
-                c["logprobs"], c["old"], c["advantages"], clip=0.2, normalisation="token_mean", backend=backend
-            )
-            return out.loss, out.metrics
-        found = policy_loss(
-            c["logprobs"], c["behaviour"], c["advantages"], c["ids"], old_logprobs_K=c["old"],
-            reference_logprobs_K=c["reference"], kl_coef=0.05, num_sequences=shape.sequences, backend=backend,
-            **options,
+    fused: Callable[..., Any]
+    if value:
+        fused = partial(value_loss, c["logprobs"], c["old"], c["advantages"], clip=0.2, normalisation="token_mean")
+    else:
+        fused = partial(
+            policy_loss, c["logprobs"], c["behaviour"], c["advantages"], c["ids"], old_logprobs_K=c["old"],
+            reference_logprobs_K=c["reference"], kl_coef=0.05, num_sequences=shape.sequences, **options,
         )  # fmt: skip
-        return found.loss, found.metrics
 
     (exact,) = torch.autograd.grad(theirs(doubled)[0], doubled["logprobs"])
     compiled = torch.compile(theirs, dynamic=False)
@@ -164,8 +162,7 @@ def measure(shape: Shape, run: Run) -> list[dict[str, Any]]:
         EAGER: lambda: theirs(c),
         "torch compiled": lambda: compiled(c),
     }
-    for backend, status in backends(VALUE if value else OP, run).items():
-        losses[f"{OURS} {backend}"] = partial(ours, backend) if status == USABLE else status
+    losses |= ours(VALUE if value else OP, run, fused)
     # Read: logprobs, old, behaviour, reference, advantages, for gspo twice and the ids. Written: gradient and mask.
     moved = shape.tokens * (4 * 4 if value else 5 * 4 + 5)
     if shape.kind == "gspo":
@@ -181,10 +178,7 @@ def goals(table: list[dict[str, Any]]) -> list[Goal]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints tables and, as the last line, one JSON object."""
-    run = timing.start(timing.parser(__doc__).parse_args(arguments))
-    shapes = run.table(cpu=FULL, cpu_quick=QUICK, cuda=CUDA, cuda_quick=CUDA_QUICK, shrink=shrink)
-    table = [line for shape in shapes for line in measure(shape, run)]
-    report(OP, run, table, goals(table))
+    launch(OP, __doc__, arguments, TABLES, measure, goals)
 
 
 if __name__ == "__main__":

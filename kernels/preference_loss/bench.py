@@ -15,19 +15,18 @@ Eager and compiled torch take part in dpo_norm; the other kinds are beside our r
     kernel_us, launches   CUDA: time inside kernels and their number, by the profiler
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from tulu_hpc.kernels import timing
 from tulu_hpc.kernels.bench_losses import EAGER, Loss, loss_goals, loss_lines
-from tulu_hpc.kernels.bench_report import Goal, report
-from tulu_hpc.kernels.contest import OURS, backends
+from tulu_hpc.kernels.bench_report import Goal, launch
+from tulu_hpc.kernels.contest import ours
 from tulu_hpc.kernels.preference_loss.ops import OP, preference_loss
-from tulu_hpc.kernels.registry import USABLE
-from tulu_hpc.kernels.timing import Run
+from tulu_hpc.kernels.timing import Run, Tables
 
 NORM = "dpo_norm"
 OPTIONS: dict[str, dict[str, Any]] = {"kto": {"kl": 0.1}, "simpo": {"gamma": 0.5}}
@@ -51,6 +50,9 @@ CUDA_QUICK = FULL[:1]
 def shrink(shape: Shape) -> Shape:
     """128 tokens in 4 pairs."""
     return shape._replace(tokens=128, pairs=4)
+
+
+TABLES = Tables(FULL, QUICK, FULL, CUDA_QUICK, shrink)
 
 
 def eager(logprobs: Tensor, ids: Tensor, reference: Tensor, pairs: Tensor, beta: float) -> tuple[Tensor, list[Tensor]]:
@@ -93,12 +95,7 @@ def measure(shape: Shape, run: Run) -> list[dict[str, Any]]:
         compiled = torch.compile(eager, dynamic=False)
         losses[EAGER] = lambda: eager(logprobs, ids, reference, pairs, 0.5)
         losses["torch compiled"] = lambda: compiled(logprobs, ids, reference, pairs, 0.5)
-    for backend, status in backends(OP, run).items():
-
-        def ours(backend: str = backend) -> tuple[Tensor, Any]:
-            return preference_loss(logprobs, ids, reference, pairs, backend=backend, **options)
-
-        losses[f"{OURS} {backend}"] = ours if status == USABLE else status
+    losses |= ours(OP, run, partial(preference_loss, logprobs, ids, reference, pairs, **options))
     columns = {"shape": shape.label, "kind": shape.kind, "K": shape.tokens, "pairs": shape.pairs}
     return loss_lines(run, OP, losses, logprobs, exact, shape.tokens * (4 + 8 + 4), columns)
 
@@ -110,10 +107,7 @@ def goals(table: list[dict[str, Any]]) -> list[Goal]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints tables and, as the last line, one JSON object."""
-    run = timing.start(timing.parser(__doc__).parse_args(arguments))
-    shapes = run.table(cpu=FULL, cpu_quick=QUICK, cuda=FULL, cuda_quick=CUDA_QUICK, shrink=shrink)
-    table = [line for shape in shapes for line in measure(shape, run)]
-    report(OP, run, table, goals(table))
+    launch(OP, __doc__, arguments, TABLES, measure, goals)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tulu_hpc.kernels import timing, triton_support
+from tulu_hpc.kernels import triton_support
 from tulu_hpc.kernels.bench_losses import COPY, EAGER
-from tulu_hpc.kernels.bench_report import report
-from tulu_hpc.kernels.contest import OURS, Contestant, backends, contest, lines
-from tulu_hpc.kernels.registry import USABLE
+from tulu_hpc.kernels.bench_report import launch
+from tulu_hpc.kernels.contest import Contestant, contest, lines, ours
 from tulu_hpc.kernels.rope.ops import OP, rope, rope_tables
-from tulu_hpc.kernels.timing import Run, copying
+from tulu_hpc.kernels.timing import Run, Tables, copying
 
 Turn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -57,6 +56,9 @@ def shrink(shape: Shape) -> Shape:
     return shape._replace(
         rows=32, heads=shape.heads // 4, kv_heads=max(1, shape.kv_heads // 4), head_dim=shape.head_dim // 4
     )
+
+
+TABLES = Tables(FULL, QUICK, CUDA, CUDA_QUICK, shrink)
 
 
 def eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,9 +108,7 @@ def measure(shape: Shape, run: Run) -> list[dict[str, Any]]:
         "torch compiled": partial(torch.compile(eager, dynamic=False), cos=cos, sin=sin),
         "liger": _liger(cos, sin, run),
     }
-    for backend, status in backends(OP, run).items():
-        run_ours = partial(rope, position_ids_T=None, frequencies=tables, backend=backend)
-        turns[f"{OURS} {backend}"] = run_ours if status == USABLE else status
+    turns |= ours(OP, run, partial(rope, position_ids_T=None, frequencies=tables))
     result = []
     for step, wanted in (("forward", exact), ("both", exact_gradient)):
 
@@ -137,9 +137,7 @@ def measure(shape: Shape, run: Run) -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints tables and, as the last line, one JSON object."""
-    run = timing.start(timing.parser(__doc__).parse_args(arguments))
-    shapes = run.table(cpu=FULL, cpu_quick=QUICK, cuda=CUDA, cuda_quick=CUDA_QUICK, shrink=shrink)
-    report(OP, run, [line for shape in shapes for line in measure(shape, run)], [])
+    launch(OP, __doc__, arguments, TABLES, measure)
 
 
 if __name__ == "__main__":

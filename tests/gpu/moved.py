@@ -1,7 +1,7 @@
 """Lets the CPU tests of the kernels run on a GPU.
 
 Their ops are replaced by ones that take the same CPU tensors, move them to the GPU, run there on the backend that
-belongs there, and move the results back; autograd follows.
+belongs there, and move the results back to where the first argument was; autograd follows.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def on_gpu(op: Callable[..., Any], backends: Mapping[str, str]) -> Callable[...,
             options["backend"] = backends[named]
         if "device" in options:
             options["device"] = DEVICE
-        return to_device(op(*to_device(arguments, DEVICE), **to_device(options, DEVICE)), "cpu")
+        home = next((value.device for value in arguments if isinstance(value, Tensor)), "cpu")
+        return to_device(op(*to_device(arguments, DEVICE), **to_device(options, DEVICE)), str(home))
 
     return moved
 

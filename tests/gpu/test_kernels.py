@@ -18,11 +18,12 @@ from tests.gpu.moved import REHEARSAL, replace
 from tests.kernels import linear_logprob_cases, policy_cases
 from tests.kernels import test_gae as gae
 from tests.kernels import test_linear_logprob as linear
+from tests.kernels import test_linear_logprob_products as linear_products
+from tests.kernels import test_linear_logprob_triton as linear_triton
 from tests.kernels import test_packed_attention as attention
 from tests.kernels import test_packed_attention_parts as attention_parts
 from tests.kernels import test_packed_attention_triton as attention_triton
 from tests.kernels import test_policy_loss as policy_loss
-from tests.kernels import test_policy_loss_parallel as policy_loss_parallel
 from tests.kernels import test_preference_loss as preference_loss
 from tests.kernels import test_rope as rope
 from tests.kernels import test_value_loss as value_loss
@@ -32,13 +33,14 @@ from tulu_hpc.kernels.packed_attention.providers import PROVIDERS
 from tulu_hpc.kernels.packed_attention.select import refusal
 
 LOSSES = {"cpu": "triton"}
+gemms = linear_products.gemms  # a fixture
 small_tiles = attention_triton.small_tiles  # a fixture of its tests, which find the GPU themselves
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _on_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (linear_logprob_cases, linear):
+        for module in (linear_logprob_cases, linear, linear_products):
             replace(patch, module, ["linear_logprob"], {"cpu": "cuda"})
         replace(patch, attention, ["packed_attention", "plan_attention"], {"cpu": "triton"})
         replace(patch, preference_loss, ["preference_loss"], LOSSES)
@@ -61,9 +63,25 @@ class TestLinearLogprob:
     test_bf16_weight_gradient_is_accumulated_in_fp32 = staticmethod(
         linear.test_bf16_weight_gradient_is_accumulated_in_fp32
     )
+    test_flops = staticmethod(linear_products.test_flops_with_kept_and_with_recomputed_logits)
+    test_rows_without_a_gradient_cost_nothing = staticmethod(linear_products.test_rows_without_a_gradient_cost_nothing)
+    test_no_gradient_at_all = staticmethod(linear_products.test_no_gradient_at_all)
 
     def test_the_core_has_its_cuda_kernels(self) -> None:
         assert build_info()["cuda"] or REHEARSAL, "rebuild with TULU_HPC_CUDA=ON"
+
+
+class TestLinearLogprobTriton:
+    test_against_the_definition = staticmethod(linear_triton.test_against_the_definition)
+    test_several_splits_rows_and_tiles = staticmethod(linear_triton.test_several_splits_rows_and_tiles)
+    test_bf16_operands = staticmethod(linear_triton.test_bf16_operands)
+    test_extreme_logits = staticmethod(linear_triton.test_extreme_logits)
+    test_equal_and_one_hot_logits = staticmethod(linear_triton.test_equal_and_one_hot_logits)
+    test_empty_ignored_expanded_and_nan = staticmethod(linear_triton.test_empty_ignored_expanded_and_nan)
+    test_rows_without_a_gradient = staticmethod(linear_triton.test_rows_without_a_gradient_enter_no_backward_kernel)
+    test_backward_is_deterministic = staticmethod(linear_triton.test_backward_is_deterministic)
+    test_batch_invariance_is_bitwise = staticmethod(linear_triton.test_batch_invariance_is_bitwise)
+    test_opcheck_and_compile = staticmethod(linear_triton.test_opcheck_and_compile)
 
 
 class TestPackedAttention:
@@ -110,7 +128,7 @@ class TestPolicyLoss:
     test_first_step_is_the_policy_gradient = staticmethod(policy_loss.test_first_step_is_the_policy_gradient)
     test_extreme_log_ratios = staticmethod(policy_loss.test_extreme_log_ratios)
     test_no_tokens = staticmethod(policy_loss.test_no_tokens)
-    test_clips_of_gspo = staticmethod(policy_loss_parallel.test_clips_of_gspo)
+    test_clips_of_gspo = staticmethod(policy_loss.test_clips_of_gspo)
 
 
 class TestGaeAndValueLoss:

@@ -18,7 +18,7 @@ def close(found: Tensor, wanted: Tensor, **options: Any) -> None:
     """`torch.testing.assert_close` to a float64 oracle; notes the largest error, relative where that is above 1."""
     if wanted.numel():
         error = float((found.detach().double() - wanted.detach()).abs().max())
-        note_error(error / max(1.0, float(wanted.abs().max())))
+        note_error(error / max(1.0, float(wanted.detach().abs().max())))
     torch.testing.assert_close(found, wanted, **options)
 
 

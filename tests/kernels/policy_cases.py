@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tulu_hpc.kernels import PolicyLossOutput, policy_loss
+from tulu_hpc.kernels import PolicyLossOutput, policy_loss, policy_sequence_sums
 from tulu_hpc.kernels.policy_loss.problem import KINDS
 
 COLUMNS = ("logprobs_K", "behaviour_logprobs_K", "advantages_K", "sequence_id_K")
@@ -96,6 +96,14 @@ def definition(c: dict[str, Tensor], **options: Any) -> Tensor:
 
 
 FULL = {"kl_coef": 0.1, "entropy_coef": 0.05, "clip_low": 0.2, "clip_high": 0.3}
+
+
+def sequence_sums(columns: dict[str, Tensor], options: dict[str, Any], sequences: int = 5) -> Tensor:
+    names = ("importance", "importance_level", "importance_low", "importance_high")
+    wanted = {name: column for name, column in columns.items() if name not in ("reference_logprobs_K", "entropy_K")}
+    return policy_sequence_sums(
+        **wanted, num_sequences=sequences, **{name: options[name] for name in names if name in options}
+    )
 
 
 def options_of(kind: str, normalisation: str, importance: str, level: str, kl_kind: str) -> dict[str, Any]:

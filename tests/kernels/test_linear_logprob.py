@@ -132,9 +132,10 @@ def test_strided_and_expanded_inputs(backend):
         linear_logprob(strided_h, strided_w, target, backend=backend).logprobs_K,
         linear_logprob(h, w, target, backend=backend).logprobs_K,
     )
-    expanded = h[:1].expand(8, 6).clone().requires_grad_()
+    expanded = h[:1].clone().requires_grad_().expand(8, 6)
     logprobs = linear_logprob(expanded, w, target[:1].expand(8), backend=backend).logprobs_K
     (grad,) = torch.autograd.grad(logprobs.sum(), expanded)  # the upstream gradient is an expanded scalar
+    assert grad.any()
     torch.testing.assert_close(grad, grad[:1].expand(8, 6))
 
 

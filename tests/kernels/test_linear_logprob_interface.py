@@ -8,14 +8,17 @@ from tulu_hpc.kernels import BackendError, available_backends, last_backend, lin
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("buffer", [2**20, 4 * 7])
-def test_opcheck(backend, buffer):
+@pytest.mark.parametrize(("buffer", "batch_invariant"), [(2**20, False), (4 * 7, False), (40000, True), (2**20, True)])
+def test_opcheck(backend, buffer, batch_invariant):
     h, w, target, row = problem(5, 4, 30, 9)
+    row[row == 2] = 3  # a row that is not used
     arguments = sorted_by_row(h.requires_grad_(), w.requires_grad_(), target, row)
     settings = (1.0, 0.0, 0, buffer, backend, "", False)
-    torch.library.opcheck(torch.ops.tulu_hpc.linear_logprob_stats.default, (*arguments, *settings, True, False))
+    torch.library.opcheck(
+        torch.ops.tulu_hpc.linear_logprob_stats.default, (*arguments, *settings, True, batch_invariant)
+    )
     with torch.no_grad():
-        stats, kept, gathered = torch.ops.tulu_hpc.linear_logprob_stats(*arguments, *settings, True, False)
+        stats, kept, gathered = torch.ops.tulu_hpc.linear_logprob_stats(*arguments, *settings, True, batch_invariant)
         arguments = tuple(x.detach() for x in arguments)
         torch.library.opcheck(
             torch.ops.tulu_hpc.linear_logprob_stats_backward.default,
@@ -50,6 +53,8 @@ def test_errors_name_what_is_wrong():
         linear_logprob(h, w.double(), target)
     with pytest.raises(TypeError, match="int64"):
         linear_logprob(h, w, target.int())
+    with pytest.raises(ValueError, match="on one device"):
+        linear_logprob(h, w.to("meta"), target)
     with pytest.raises(TypeError, match="row_K"):
         linear_logprob(h, w, target, row_K=target[:2])
     with pytest.raises(ValueError, match="give row_K"):

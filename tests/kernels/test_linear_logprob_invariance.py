@@ -62,7 +62,7 @@ def test_batch_invariant_gradients_are_right():
     generator = torch.Generator().manual_seed(7)
     grads = torch.randn(2, 9, generator=generator)
     for backend in BACKENDS:
-        for buffer in (None, 64 * 128 * 4):
+        for buffer in (None, 48000):
             mine, oracle = (
                 values_and_gradients(function, x, y, grads)
                 for function, x, y in (
@@ -88,8 +88,12 @@ def test_batch_invariant_gradients_are_right():
 
 def test_batch_invariance_that_cannot_be_kept_is_refused(monkeypatch):
     h, w, target, _ = problem(4, 3, 9, 4)
-    with pytest.raises(ValueError, match="batch_invariant needs max_buffer_bytes of 16384"):
-        linear_logprob(h, w, target, batch_invariant=True, max_buffer_bytes=16000)
+    # A block of 64 x 64, both operands padded to a width of 16, and what is held per row.
+    least = 4 * (64 * 64 + 2 * 64 * 16 + 16 * 4)
+    message = f"batch_invariant needs max_buffer_bytes of {least} at least, got {least - 1}"
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(h, w, target, batch_invariant=True, max_buffer_bytes=least - 1)
+    linear_logprob(h, w, target, batch_invariant=True, max_buffer_bytes=least)
     monkeypatch.setattr(CpuRows, "invariant_rows", None)
     with pytest.raises(BackendError, match="'cpu' offers no batch_invariant"):
         linear_logprob(h, w, target, batch_invariant=True)

@@ -87,7 +87,7 @@ def test_against_the_definition(backend, pack, strategy, heads, cut, reorder, se
 
 
 @pytest.mark.parametrize("strategy", ["repeat", "merge"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_fp32_and_bf16(strategy, head_dim):
     cu = [0, 33, 50, 90, 131, 140, 163]
     prefix = [(0, 0)] * 3 + [(0, 33), (0, 33), (33, 50)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.fuzz import close
-from tests.kernels.policy_cases import NAMES, SOME, cast, definition, options_of, pack, run
+from tests.kernels.policy_cases import NAMES, SOME, cast, definition, options_of, pack, run, sequence_sums
 from tulu_hpc.kernels import (
     BackendError,
     available_backends,
@@ -366,3 +366,27 @@ def test_compile_needs_the_number_of_sequences() -> None:
     four = [c[name] for name in ("logprobs_K", "behaviour_logprobs_K", "advantages_K", "sequence_id_K")]
     with pytest.raises(Exception, match="needs num_sequences"):
         torch.compile(lambda *x: policy_loss(*x, kind="gspo").loss, fullgraph=True, backend="aot_eager")(*four)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("with_sums", [False, True])
+def test_clips_of_gspo(backend: str, with_sums: bool) -> None:
+    """Mean log-ratios 0.5, 0.5, -0.5, 0.1 with advantages -1, 1, -1, -1: dual clip, high, low, none."""
+    lengths = torch.tensor([2, 3, 1, 2])
+    ids = torch.arange(4).repeat_interleave(lengths)
+    old = torch.full((8,), -1.0)
+    columns = {
+        "logprobs_K": old + torch.tensor([0.5, 0.5, -0.5, 0.1])[ids] + torch.tensor([0.1, -0.1, 0, 0, 0, 0, 0.2, -0.2]),
+        "behaviour_logprobs_K": old,
+        "advantages_K": torch.tensor([-1.0, 1.0, -1.0, -1.0])[ids],
+        "sequence_id_K": ids,
+    }
+    sums = sequence_sums(columns, {}, 4) if with_sums else None
+    options = {"kind": "gspo", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": 1.3, "num_sequences": 4}
+    out, grad, _ = run(columns, **options, sequence_sums_Q5=sums, backend=backend)
+    ratio = torch.tensor(0.1).exp()
+    torch.testing.assert_close(out.loss, 2 * 1.3 - 3 * 1.2 + 0.8 + 2 * ratio)
+    torch.testing.assert_close(grad / 1.5, torch.cat([torch.zeros(6), ratio.expand(2)]))
+    assert out.active_K.tolist() == [False] * 6 + [True] * 2
+    counts = {"dual_clip_fraction": 2, "clip_fraction_high": 3, "clip_fraction_low": 1, "clip_fraction": 4}
+    assert {name: int(out.metrics[f"policy/{name}"]) for name in counts} == counts

@@ -58,6 +58,16 @@ print(json.dumps([vars(compile_case(case, 90)) for case in cases]))
 """
 
 
+def test_every_kernel_that_is_launched_is_compiled() -> None:
+    from tulu_hpc.kernels import ahead_of_time
+
+    text = "\n".join(path.read_text() for path in KERNELS.rglob("*.py"))
+    kernels = re.findall(r"@triton\.jit\b.*\ndef (\w+)", text)
+    launched = {name for name in kernels if re.search(rf"\b{name}\[", text)}
+    compiled = {case.kernel.fn.__name__ for family in ahead_of_time.families() for case in ahead_of_time.cases(family)}
+    assert len(launched) >= 14 and launched == compiled
+
+
 def test_the_gate() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(

@@ -88,6 +88,7 @@ def test_errors() -> None:
         ("float32 or float64", TypeError, (v.half(), old, returns), {}),
         ("returns_K must be torch.float64", TypeError, (v, old, returns.float()), {}),
         (r"old_values_K must be \[4\]", ValueError, (v, old[:2], returns), {}),
+        ("on cpu as values_K, got .* on meta", ValueError, (v, old.to("meta"), returns), {}),
         ("has no float64", BackendError, (v, old, returns), {"backend": "cpu"}),
         ("no backend 'cuda'", BackendError, (v, old, returns), {"backend": "cuda"}),
     ):

@@ -9,6 +9,7 @@ BUILD=$PWD/build/sanitized
 FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
 PATH=$(dirname "$PYTHON"):$PATH
 
+mkdir -p build
 cmake -G Ninja -S . -B "$BUILD" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTULU_CUDA=OFF "-DPython_EXECUTABLE=$PYTHON" \
   "-Dpybind11_DIR=$("$PYTHON" -m pybind11 --cmakedir)" "-DCMAKE_CXX_FLAGS=$FLAGS" \
   "-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$BUILD/lib" >"$BUILD.log" 2>&1 || { cat "$BUILD.log"; exit 1; }

@@ -256,8 +256,8 @@ def _activations(work: Workload, stage: int, layers: list[int], in_flight: float
     norm = (2 if work.fused_norm else 3) * rows * hidden / residual * size
     head_size = 4 if work.fp32_head else size
     wide_rows = 4 * rows * hidden / residual if work.fp32_head and size < 4 else 0.0  # an fp32 copy for an fp32 head
-    # Sequence parallelism gathers the scored rows, and scatters their gradient.
-    gathered = 2 * scored * hidden * head_size if layout.sequence_parallel else 0
+    # Sequence parallelism gathers all rows, keeps the scored ones, and scatters a gradient of all.
+    gathered = (scored + rows) * hidden * head_size if layout.sequence_parallel else 0
     head = norm + rows * hidden / residual * size + wide_rows + gathered + vocab * hidden * head_size
     logits = extra_bytes(
         scored,
