@@ -214,6 +214,7 @@ def test_it_holds_at_several_layouts(files: Path) -> None:
             ("sft", ["sft.normalisation=token_mean"], {}),
             ("dpo", ["dpo.kind=simpo", "dpo.beta=2"], {"layers": 1}),
             ("dpo", [], {"dtype": "bfloat16"}),
+            ("dpo", ["dpo.kind=dpo", "dpo.weighting=wpo", "dpo.wpo_alignment=true"], {}),
             ("rm", [], {}),
             ("rm", [], {"layers": 1, "dtype": "bfloat16"}),
             ("sft", ["sft.neftune_alpha=5", "model.dtype=bfloat16", "optimizer.gradient_dtype=bfloat16"], {}),

@@ -25,8 +25,7 @@ from tulu_hpc.data.readout import with_readout
 from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.diagnostics import compare, hugging_face
 from tulu_hpc.diagnostics.certificate import Certificate, Check, Difference
-from tulu_hpc.diagnostics.hugging_face import ItemLoss, Truth
-from tulu_hpc.kernels import preference_loss
+from tulu_hpc.diagnostics.hugging_face import Truth
 from tulu_hpc.models.convert import copy_companions, iter_hf_tensors, write_config
 from tulu_hpc.models.model_files import is_imported
 from tulu_hpc.models.names import SCORE, hf_shapes
@@ -37,7 +36,8 @@ from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.failures import shared_writing
 from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.stages import dpo, reward_model, sft, training_run
-from tulu_hpc.stages.training_data import read_items
+from tulu_hpc.stages.audit_losses import pair_loss, score_loss, sft_loss
+from tulu_hpc.stages.training_data import kind_of, read_items, weight_field_of
 from tulu_hpc.stages.training_run import Run
 from tulu_hpc.training import reference
 from tulu_hpc.training.runner import LossFn, row_multiple
@@ -162,13 +162,13 @@ def sample(run: Run, config: AuditedConfig, rows: int, max_tokens: int) -> tuple
     """
     tokenizer = load_tokenizer(config.model.path, run.architecture.vocab_size)
     short = config.data.model_copy(update={"max_length": min(config.data.max_length, max_tokens)})
-    items, _ = read_items(short, tokenizer, "sft" if isinstance(config, SftConfig) else "preference", run.say)
+    items, _ = read_items(short, tokenizer, kind_of(config), run.say, weight_field=weight_field_of(config))
     generator = random.Random(config.run.seed)
     chosen = generator.sample(range(len(items)), min(rows, len(items)))
     named = [replace(items[index], id=f"{number} ({items[index].id})") for number, index in enumerate(chosen)]
     if isinstance(config, DpoConfig):
         for item in named:
-            lengths = [len(hugging_face.scored_positions(item, i)) for i in range(2)]
+            lengths = [len(hugging_face.scored_positions(item, i)) for i in range(len(item.responses))]
             item.per_sequence[reference.COLUMN] = [-n * generator.uniform(1.0, 3.0) for n in lengths]
     if isinstance(config, RewardModelConfig):
         named = [with_readout(item) for item in named]
@@ -197,46 +197,6 @@ def one_process_truth(run: Run, config: AuditedConfig, items: Sequence[Item]) ->
     return truth or shared
 
 
-def sft_loss(config: SftConfig, items: Sequence[Item]) -> ItemLoss:
-    """Negative log-likelihood over the configured divisor."""
-    if config.sft.normalisation == "token_mean":
-        divisor = float(sum(len(hugging_face.scored_positions(item, 0)) for item in items))
-    else:
-        divisor = float(config.sft.sum_divisor or config.train.global_batch_size or 0)
-
-    def loss(item: Item, logprobs: Sequence[Tensor]) -> Tensor:
-        return -logprobs[0].sum() / divisor
-
-    return loss
-
-
-def pair_loss(config: DpoConfig, items: Sequence[Item]) -> ItemLoss:
-    """The specification of the configured loss (`kernels.preference_loss`, reference backend, fp64) over all pairs."""
-
-    def loss(item: Item, logprobs: Sequence[Tensor]) -> Tensor:
-        flat_K = torch.cat(list(logprobs)).double()
-        sizes = torch.tensor([len(each) for each in logprobs], device=flat_K.device)
-        sequence_K = torch.arange(2, device=flat_K.device).repeat_interleave(sizes)
-        sums_Q = torch.tensor(item.per_sequence[reference.COLUMN], dtype=torch.float32, device=flat_K.device)
-        pairs_P2 = torch.tensor([[0, 1]], device=flat_K.device)
-        out = preference_loss(
-            flat_K, sequence_K, sums_Q, pairs_P2, beta=config.dpo.beta, backend="reference", **dpo.loss_options(config)
-        )
-        return out.loss / len(items)
-
-    return loss
-
-
-def score_loss(items: Sequence[Item]) -> ItemLoss:
-    """Bradley-Terry: -log(1 / (1 + exp(rejected - chosen))), mean over the pairs, in fp64 [2203.02155 eq. 1]."""
-
-    def loss(item: Item, scores: Sequence[Tensor]) -> Tensor:
-        chosen, rejected = (each.double().sum() for each in scores)
-        return torch.log1p(torch.exp(rejected - chosen)) / len(items)
-
-    return loss
-
-
 def drawn_tensors(run: Run, config: AuditedConfig) -> dict[str, Tensor]:
     """What training draws by the seed because `model.path` lacks it: the head of a new reward model."""
     if not isinstance(config, RewardModelConfig):
@@ -249,7 +209,7 @@ def drawn_tensors(run: Run, config: AuditedConfig) -> dict[str, Tensor]:
 
 def audited_trainer(run: Run, config: AuditedConfig) -> Trainer:
     """As training builds it."""
-    return build_trainer(
+    trainer = build_trainer(
         model=config.model,
         parallel=config.parallel,
         optimizer=config.optimizer,
@@ -260,6 +220,9 @@ def audited_trainer(run: Run, config: AuditedConfig) -> Trainer:
         head="value" if isinstance(config, RewardModelConfig) else "logprobs",
         new_head_seed=config.run.seed,
     )
+    if isinstance(config, DpoConfig):
+        dpo.prepare(config, trainer)
+    return trainer
 
 
 def one_batch(run: Run, config: AuditedConfig, items: list[Item], pad_id: int) -> StepData:

@@ -10,10 +10,11 @@ from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.run_directory import RunDirectory
 from tulu_hpc.config.schema import DpoConfig
+from tulu_hpc.data.datasets import LABEL, WEIGHT
 from tulu_hpc.data.loader import StepData
 from tulu_hpc.data.packed_batch import Item
 from tulu_hpc.models.llama import TokenLogprobs
-from tulu_hpc.objectives.preference import preference_terms
+from tulu_hpc.objectives.preference import labelled_pairs, preference_terms
 from tulu_hpc.objectives.sources import source_names
 from tulu_hpc.objectives.terms import Terms, own_targets, sequence_lengths
 from tulu_hpc.parallel.context import RankBatch
@@ -22,7 +23,7 @@ from tulu_hpc.stages import training_run
 from tulu_hpc.stages.training_run import Run
 from tulu_hpc.training import reference
 from tulu_hpc.training.runner import LossFn, Runner
-from tulu_hpc.training.trainer import load_model
+from tulu_hpc.training.trainer import Trainer, load_model
 
 # (absolute, relative) difference allowed between a cached log-prob and its recomputation by another layout or kernel:
 # rounding in fp32; in bf16 about 0.05 per token, of both signs, over a few hundred tokens.
@@ -30,7 +31,7 @@ TOLERANCE = {"float32": (1e-3, 1e-4), "bfloat16": (2.0, 2e-2)}
 
 
 def run(config: DpoConfig) -> Path:
-    """Train on the pairs of `data.path`; return the run directory.
+    """Train on the pairs (kto: also on single, labelled answers) of `data.path`; return the run directory.
 
     The reference is the model at `model.path` (simpo and orpo need none). Cached, its log-probs are computed (or found
     on disk and checked) before the first step, and then it is not needed again. Resident, a second copy of the model
@@ -44,7 +45,7 @@ def run(config: DpoConfig) -> Path:
     run = training_run.open_run(config, "dpo")
     if run.finished:
         return run.already_finished()
-    items, pad_id = training_run.load_items(run, "preference")
+    items, pad_id = training_run.load_items(run)
     # Also refuses a pair that fits into no pack, before any work is done.
     steps = training_run.make_loader(run, items, pad_id=pad_id).num_steps
     trainer = training_run.make_trainer(run, total_steps=steps)
@@ -54,6 +55,7 @@ def run(config: DpoConfig) -> Path:
     elif config.dpo.needs_reference:
         directory = Path(config.dpo.reference_cache or run.directory.root / "reference")
         items = add_reference(run, config, trainer.runner, items, pad_id, directory)
+    prepare(config, trainer)
     loader = training_run.make_loader(run, items, pad_id=pad_id)
     training_run.resume(run, trainer, loader)
     names = source_names(items)
@@ -66,6 +68,12 @@ def run(config: DpoConfig) -> Path:
 
     training_run.fit(run, trainer, loader, make_loss)
     return training_run.finish(run, trainer)
+
+
+def prepare(config: DpoConfig, trainer: Trainer) -> None:
+    """Make the model return what the configured loss needs beside log-probs."""
+    for model in trainer.models:
+        model.return_alignment = config.dpo.wpo_alignment
 
 
 def compute_reference(config: DpoConfig) -> Path:
@@ -81,9 +89,9 @@ def compute_reference(config: DpoConfig) -> Path:
     directory = Path(config.dpo.reference_cache)
     groups, architecture = training_run.join(config)
     run = Run("dpo", config, groups, RunDirectory(directory), architecture)
-    items, pad_id = training_run.load_items(run, "preference", config.data.path)  # by path: without a preview
+    items, pad_id = training_run.load_items(run, config.data.path)  # by path: without a preview
     add_reference(run, config, reference_model(config, groups, architecture), items, pad_id, directory)
-    run.say(f"reference log-probs of {len(items)} pairs are in {directory}")
+    run.say(f"reference log-probs of {len(items)} items are in {directory}")
     return directory
 
 
@@ -117,21 +125,25 @@ def add_reference(
 
 
 def batch_loss(run: Run, config: DpoConfig, data: StepData, names: Sequence[str] = ()) -> LossFn:
-    """The loss of one global batch: the mean over its pairs."""
+    """The loss of one global batch: the mean over its pairs or labelled answers."""
     group = run.groups.pg.cp if run.groups.cp_size > 1 else None
 
     def loss(output: TokenLogprobs, batch: RankBatch) -> Terms:
         pack = batch.batch
         # An empty pack has no columns, and a reference-free loss does not need this one.
         none_Q = output.logprobs_K.new_zeros(pack.num_sequences)
+        labels = config.dpo.records == "labels"
         return preference_terms(
             output.logprobs_K,
             sequence_id_K=own_targets(pack.sequence_id_K, batch),
-            pairs_P2=pack.pairs_P2,
+            pairs_P2=labelled_pairs(pack.per_sequence.get(LABEL, none_Q)) if labels else pack.pairs_P2,
             reference_sums_Q=pack.per_sequence.get(reference.COLUMN, none_Q),
             lengths_Q=sequence_lengths(pack.sequence_id_K, pack.num_sequences),
             global_pairs=data.num_items_global,
             beta=config.dpo.beta,
+            weights_Q=None if config.dpo.weight_field is None else pack.per_sequence.get(WEIGHT, none_Q),
+            alignment_K=output.alignment_K,
+            unpaired=labels,
             cp_group=group,
             sources=pack.sources,
             source_names=names,

@@ -58,6 +58,11 @@ class Trainer:
     def __post_init__(self) -> None:
         watch_schedule(get_model_config(self.chunks[0]), self.clock)
 
+    def use_clock(self, clock: StepClock) -> None:
+        """Tell this clock what a step does, e.g. one that several trainers share."""
+        self.clock = clock
+        watch_schedule(get_model_config(self.chunks[0]), clock)
+
     @property
     def models(self) -> list[Any]:
         return [chunk.module for chunk in self.chunks]
