@@ -229,17 +229,18 @@ def fit(
     interval = 0.0 if total <= 20 else None
     progress = Progress(run.verb, total, start=trainer.step, enabled=main, interval=interval)
     stop = StopRequest(run.directory.stop_requested, run.directory.preempted, is_main=main)
+    failures = WriteFailures(run.groups)
     profiler = StepProfiler(
         run.directory.root,
         run.groups.rank,
         profile_steps=telemetry.profile_steps,
         memory_snapshot_steps=telemetry.memory_snapshot_steps,
+        writing=failures.writing,
     )
     clock = trainer.clock
     throughput = _throughput(run, trainer)
     saver = make_saver(run, trainer)
     samples = open_sample_log(run, loader, trainer.step)
-    failures = WriteFailures(run.groups)
     with logger, progress, stop, saver, timed_collectives(clock), samples:
         while trainer.step < total:
             with profiler.step(trainer.step + 1):
