@@ -92,12 +92,14 @@ def compute(
     *,
     scores: bool = False,
     new_score: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> Truth:
     """Run the samples through Hugging Face's model one response at a time, with gradients.
 
     Args:
         scores: by a scalar head; each response has one target, the place after its last token (`data.readout`).
         new_score: [1, H], the head of a language model that gets one.
+        temperature: logits are divided by it.
 
     Raises:
         ValueError: a sample without any scored token.
@@ -120,7 +122,7 @@ def compute(
                 model.model(whole[None, :-1], use_cache=False)
                 answers.logprobs.append(model.score(outputs[-1][0, before])[:, 0])
             else:
-                table = model(whole[None], use_cache=False).logits[0].log_softmax(-1)
+                table = (model(whole[None], use_cache=False).logits[0] / temperature).log_softmax(-1)
                 answers.logprobs.append(table[before, whole[before + 1]])
                 answers.alignments.append((2 * table[before].detach()).logsumexp(-1))
             rows = before[probes(len(positions))]
