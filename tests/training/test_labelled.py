@@ -23,7 +23,7 @@ from tulu_hpc.config.sections import ParallelSection
 from tulu_hpc.data.datasets import LABEL, WEIGHT
 from tulu_hpc.data.packed_batch import Item
 from tulu_hpc.parallel.layout import initialize, layout_of
-from tulu_hpc.stages import dpo
+from tulu_hpc.stages import dpo, kto_baseline
 from tulu_hpc.telemetry.metrics import read_metrics
 from tulu_hpc.training import reference
 from tulu_hpc.training.step import train_step
@@ -78,7 +78,7 @@ def results_of(model: Path, ways: dict[str, dict[str, Any]]) -> dict[str, tuple[
     return found
 
 
-def truth(model: Path, items: list[Item]) -> tuple[dict[str, float], dict[str, Tensor]]:
+def truth(model: Path, items: list[Item], kl: float = KL) -> tuple[dict[str, float], dict[str, Tensor]]:
     """KTO [2402.01306 eq. 8] in fp64: w lambda (1 - sigmoid(+-beta (log-ratio - z))), mean over the answers."""
     theirs = LlamaForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
     losses, rewards = [], []
@@ -88,7 +88,7 @@ def truth(model: Path, items: list[Item]) -> tuple[dict[str, float], dict[str, T
         start = len(item.prompt) - 1
         scored = table[start : start + len(response)].gather(1, response.tokens[:, None])
         log_ratio = scored.sum() - item.per_sequence[reference.COLUMN][0]
-        value = torch.sigmoid(BETA * (log_ratio - KL) if label else BETA * (KL - log_ratio))
+        value = torch.sigmoid(BETA * (log_ratio - kl) if label else BETA * (kl - log_ratio))
         losses.append(item.per_sequence[WEIGHT][0] * (DESIRABLE if label else UNDESIRABLE) * (1 - value))
         rewards.append(BETA * log_ratio.item())
     loss = torch.stack(losses).mean()
@@ -97,7 +97,7 @@ def truth(model: Path, items: list[Item]) -> tuple[dict[str, float], dict[str, T
     right = [(reward > 0) == label for reward, label in zip(rewards, good, strict=True)]
     odd = [each.item() for item, each in zip(items, losses, strict=True) if item.source == "odd"]
     metrics = {
-        "loss": float(loss),
+        "loss": loss.item(),
         "rewards/chosen": sum(r for r, g in zip(rewards, good, strict=True) if g) / sum(good),
         "rewards/rejected": sum(r for r, g in zip(rewards, good, strict=True) if not g) / (len(good) - sum(good)),
         "rewards/accuracies": sum(right) / len(right),
@@ -115,6 +115,74 @@ def test_kto_on_labels_is_the_formula_at_every_layout(tmp_path: Path) -> None:
             assert {key: metrics[key] for key in wanted} == pytest.approx(wanted, abs=2e-5, rel=1e-5), name
             assert tiny.largest_difference(found, gradients, relative=True) <= 1e-5, name
             assert not any(key.startswith("rewards/margins") for key in metrics), "one side alone has no margin"
+
+
+def test_which_answer_goes_with_which_prompt() -> None:
+    items = answers()
+    items[3].prompt = items[2].prompt  # rows 2 and 3 answer one prompt
+    others = kto_baseline.mismatched(items, 60)
+    taken = [
+        next(
+            i
+            for i, row in enumerate(items)
+            if row.responses[0].tokens is not None and torch.equal(row.responses[0].tokens, other.responses[0].tokens)
+        )
+        for other in others
+    ]
+    assert taken == [1, 2, 4, 4, 5, 6, 7, 0] and [other.id for other in others] == [item.id for item in items]
+    assert all(torch.equal(other.prompt, item.prompt) for other, item in zip(others, items, strict=True))
+    longest = max(len(item.prompt) for item in items)
+    short = kto_baseline.mismatched(items, longest)
+    assert 0 < len(short) < len(items), "no room is left after the longest prompt"
+    assert max(len(each.prompt) + len(each.responses[0]) for each in short) == longest
+    for item in items:
+        item.prompt = items[0].prompt
+    assert kto_baseline.mismatched(items, 60) == []
+
+
+def others_with_reference() -> list[Item]:
+    others = kto_baseline.mismatched(answers(), 60)[:-1]  # one row is without
+    for index, other in enumerate(others):
+        other.per_sequence = {reference.COLUMN: [-6.6 * len(other.responses[0]) + index % 3]}
+    return others
+
+
+def estimates_of(model: Path, ways: dict[str, dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """The baseline, and the loss that is computed with it."""
+    found = {}
+    for name, options in ways.items():
+        parallel = ParallelSection(**options)
+        groups = initialize(layout_of(parallel), seed=1)
+        trainer = tiny.make_trainer(model, groups, parallel)
+        data = tiny.global_batch(answers(), groups, parallel, pack_rows=48)
+        by_id = {each.id: each for each in others_with_reference()}
+        kl = kto_baseline.Baseline(by_id, trainer.runner, None, reference.PackOptions(48)).estimate(data.packs)
+        section = SECTION | {"kl_baseline": 0.0, "kl_estimate": True}
+        config: Any = SimpleNamespace(dpo=DpoSection(**section))  # type: ignore[arg-type]
+        run: Any = SimpleNamespace(groups=groups)
+        metrics = train_step(trainer, data.packs, dpo.batch_loss(run, config, data, (), kl)).metrics
+        assert metrics["kl"] == pytest.approx(kl, rel=1e-6)
+        found[name] = (kl, metrics["loss"])
+    return found
+
+
+def test_the_estimated_baseline_at_every_layout(tmp_path: Path) -> None:
+    model = tiny.write_model(tmp_path / "hf")
+    theirs = LlamaForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
+    ratios = []
+    for other in others_with_reference():
+        (tokens,) = (response.tokens for response in other.responses)
+        table = theirs(torch.cat((other.prompt, tokens))[None]).logits[0].log_softmax(-1)
+        start = len(other.prompt) - 1
+        scored = table[start : start + len(tokens)].gather(1, tokens[:, None])
+        ratios.append(scored.sum().item() - other.per_sequence[reference.COLUMN][0])
+    wanted = sum(ratios) / len(ratios)
+    losses = {truth(model, answers(), kl=max(0.0, wanted))[0]["loss"]}
+    assert wanted > 0.1, "a baseline of 0 would prove little"
+    for world, ways in WAYS.items():
+        for name, (kl, loss) in run_forked(world, estimates_of, model, ways)[0].items():
+            assert kl == pytest.approx(wanted, abs=2e-5), name
+            assert loss == pytest.approx(*losses, abs=1e-5), name
 
 
 # ---------------------------------------------------------------------------------------------------- as users run it
@@ -146,12 +214,17 @@ def settings(inputs: Path, run: Path, **changes: Any) -> dict[str, Any]:
     return values
 
 
+KINDS = {1: ("cached", "resident", "estimated cached"), 2: ("cached", "estimated resident")}
+
+
 def runs(inputs: Path, folder: Path, ways: dict[str, dict[str, Any]]) -> dict[tuple[str, str], list[float]]:
     losses = {}
     for name, parallel in ways.items():
-        for kind in ("cached", "resident"):
+        for kind in KINDS[torch.distributed.get_world_size()]:
             run = folder / f"{name} {kind}"
-            values = settings(inputs, run, dpo__reference=kind, dpo__weight_field="quality") | {"parallel": parallel}
+            values = settings(inputs, run, dpo__reference=kind.split()[-1], dpo__weight_field="quality")
+            values |= {"parallel": parallel}
+            values["dpo"]["kl_estimate"] = kind.startswith("estimated")
             folder.mkdir(exist_ok=True)
             path = tiny_run.write_config(values, folder / f"{name} {kind} {torch.distributed.get_rank()}.yaml")
             dpo.run(load_config(path, (), DpoConfig))
@@ -165,8 +238,12 @@ def test_a_run_on_labels_with_either_reference(inputs: Path, tmp_path: Path) -> 
         found.update(run_forked(world, runs, inputs, tmp_path / str(world), ways)[0])
     wanted = found["one process", "cached"]
     assert abs(wanted[2] - 0.5 * wanted[0]) > 1e-3
+    estimated = found["one process", "estimated cached"]
     for key, losses in found.items():
-        assert losses == pytest.approx(wanted, abs=2e-5), key
+        assert losses == pytest.approx(estimated if key[1].startswith("est") else wanted, abs=2e-5), key
+    rows = read_metrics(tmp_path / "1" / "one process estimated cached" / "metrics.jsonl")
+    assert abs(rows[0]["train/kl"]) < 1e-4 and rows[2]["train/kl"] > 0.05, "it moves away from the reference"
+    assert abs(estimated[2] - wanted[2]) > 1e-3
     first = read_metrics(tmp_path / "1" / "one process cached" / "metrics.jsonl")[0]
     # The policy is the reference: every answer is at sigmoid(0).
     assert first["train/loss"] == pytest.approx(0.5 * first["train/weights"], rel=1e-5) and first["train/weights"] > 2
@@ -237,6 +314,9 @@ def test_bad_rows_are_named(inputs: Path, tmp_path: Path, change: dict[str, Any]
         ({"kind": "dpo", "wpo_alignment": True}, "wpo_alignment belongs to weighting: wpo"),
         ({"kind": "dpo", "weight_field": ""}, "weight_field"),
         ({"kind": "kto", "records": "rows"}, "records"),
+        ({"kind": "kto", "kl_estimate": True}, "kl_estimate needs records: labels"),
+        ({"kind": "kto", "records": "labels", "kl_estimate": True, "kl_baseline": 1}, "takes the place of kl_baseline"),
+        ({"kind": "dpo", "kl_estimate": True}, "belong to kto"),
     ],
 )
 def test_options_that_do_not_fit(inputs: Path, tmp_path: Path, section: dict[str, Any], message: str) -> None:

@@ -187,8 +187,8 @@ def test_no_loss_or_option_is_left_out() -> None:
     assert {section["kind"] for section in LOSSES.values()} == set(KINDS)
     assert set(KINDS) == set(DpoSection.model_fields["kind"].annotation.__args__)  # type: ignore[union-attr]
     used = {key for section in LOSSES.values() for key in section}
-    # `records` in test_labelled.py
-    assert used | {"reference", "reference_cache", "records"} == set(DpoSection.model_fields)
+    # `records` and `kl_estimate` in test_labelled.py
+    assert used | {"reference", "reference_cache", "records", "kl_estimate"} == set(DpoSection.model_fields)
 
 
 def test_shared_prompts_are_the_default_and_exact(results: dict[tuple[str, str], Any]) -> None:

@@ -44,6 +44,11 @@ class DpoSection(Section):
         "gradient.",
     )
     kl_baseline: float = Field(default=0.0, ge=0, description="Of kto: log-ratio that counts as neutral.")
+    kl_estimate: bool = Field(
+        default=False,
+        description="Of kto with records: labels: the baseline is the mean log-ratio of each step's prompts with "
+        "answers of other rows, as in the paper, instead of kl_baseline. Costs a forward pass over as many answers.",
+    )
     desirable_weight: float = Field(default=1.0, ge=0, description="Of kto.")
     undesirable_weight: float = Field(default=1.0, ge=0, description="Of kto.")
     reference: Literal["cached", "resident"] = Field(
@@ -72,10 +77,12 @@ class DpoSection(Section):
         if self.records == "labels" and self.kind != "kto":
             raise ValueError(f"records: labels are answers without a partner, {self.kind} needs pairs; kto does not")
         if self.kind == "kto":
+            if self.kl_estimate and (self.records != "labels" or self.kl_baseline):
+                raise ValueError("kl_estimate needs records: labels, and takes the place of kl_baseline")
             if self.weighting != "none":
                 raise ValueError("wpo weights pairs, the sequences of kto are unpaired")
-        elif self.kl_baseline or (self.desirable_weight, self.undesirable_weight) != (1, 1):
-            raise ValueError(f"kl_baseline, desirable_weight and undesirable_weight belong to kto, not to {self.kind}")
+        elif self.kl_baseline or self.kl_estimate or (self.desirable_weight, self.undesirable_weight) != (1, 1):
+            raise ValueError(f"kl_*, desirable_weight and undesirable_weight belong to kto, not to {self.kind}")
         return self
 
     @property

@@ -40,6 +40,7 @@ def preference_terms(
     weights_Q: Tensor | None = None,
     alignment_K: Tensor | None = None,
     unpaired: bool = False,
+    estimated_kl: float | None = None,
     cp_group: ProcessGroup | None = None,
     sources: Sequence[str] = (),
     source_names: Sequence[str] = (),
@@ -59,6 +60,7 @@ def preference_terms(
         unpaired: the pairs have one side each; metrics of a side are then means over those that have it, and there are
             no margins.
         sources, source_names: of the pack's pairs, and of the whole run (none: no metrics by source).
+        estimated_kl: baseline of kto from this step's answers, reported as `kl`; None: it is an option, or 0.
         options: further arguments of `kernels.preference_loss` (label_smoothing, gamma, sft_weight, ...).
 
     Metrics (means over pairs): `loss`, `rewards/{chosen,rejected,margins,accuracies}` (a reward is beta times the
@@ -78,6 +80,8 @@ def preference_terms(
         options["alignment_sums_Q"] = sequence_sums(
             alignment_K.detach(), sequence_id_K, reference_sums_Q.numel(), cp_group
         )
+    if estimated_kl is not None:
+        options["kl"] = estimated_kl
     weights_P = None if weights_Q is None else weights_Q[pairs_P2.amax(1)]
     out = preference_loss(
         logprobs_K,
@@ -102,6 +106,8 @@ def preference_terms(
         for name, value in sums.items()
         if not name.startswith("counts/") and not (unpaired and name == "rewards/margins")
     }
+    if estimated_kl is not None:
+        shown["kl"] = (out.loss.new_tensor(estimated_kl * pairs), pairs)
     if not source_names:
         return Terms(loss=out.loss / global_pairs, metrics=shown)
 
