@@ -54,11 +54,12 @@ def test_the_seed_decides_and_sources_do_not_disturb_each_other(tmp_path: Path) 
     assert sources != sorted(sources), "the mixture is shuffled as a whole"
 
 
-@pytest.mark.parametrize("kind", ["sft", "preference", "rlvr"])
+@pytest.mark.parametrize("kind", ["sft", "preference", "labelled", "rlvr"])
 def test_rows_of_a_mixture_are_records_of_its_kind(tmp_path: Path, kind) -> None:  # type: ignore[no-untyped-def]
     row = {
         "sft": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
         "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
+        "labelled": {"prompt": "a", "completion": "b", "label": False},
         "rlvr": {"messages": [{"role": "user", "content": "a"}], "ground_truth": "1", "dataset": "gsm8k"},
     }[kind]
     write_jsonl(tmp_path / "in.jsonl", [{**row, "source": "old"}])

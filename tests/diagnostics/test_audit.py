@@ -17,12 +17,14 @@ import torch
 from typer.testing import CliRunner
 
 from tests.parallel.forked import run_forked
+from tests.rlvr import tiny_rlvr
 from tests.training import tiny_run
 from tulu_hpc.cli.main import app
+from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.verbs import load_training_config
 from tulu_hpc.diagnostics.certificate import Certificate, Check, Difference
 from tulu_hpc.models.build import unwrap
-from tulu_hpc.stages import audit, reward_model, sft
+from tulu_hpc.stages import audit, reward_model, rlvr, rlvr_loss, sft
 from tulu_hpc.training import trainer as trainer_module
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -31,7 +33,9 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("audit")
-    inputs = tiny_run.write_inputs(folder)
+    inputs = tiny_rlvr.write_inputs(folder)
+    rlvr_file = tiny_rlvr.rlvr_config(inputs, folder / "run").model_dump(mode="json", exclude_unset=True)
+    tiny_run.write_config(rlvr_file, folder / "rlvr.yaml")
     for verb in ("sft", "dpo", "rm"):
         tiny_run.write_config(tiny_run.config(inputs, folder / "run", verb), folder / f"{verb}.yaml")
     return folder
@@ -39,7 +43,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def audited(files: Path, verb: str, overrides: list[str], plant: Plant | None = None, **options: Any) -> Certificate:
     config = load_training_config(files / f"{verb}.yaml", overrides)
-    assert isinstance(config, audit.AuditedConfig)
     with pytest.MonkeyPatch.context() as patch:
         if plant is not None:
             plant(patch)
@@ -141,6 +144,29 @@ def wrong_divisor(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sft, "sft_terms", lambda logprobs_K, *, divisor: terms(logprobs_K, divisor=2 * divisor))
 
 
+def wrong_count(patch: pytest.MonkeyPatch) -> None:
+    terms = rlvr_loss.policy_terms
+    patch.setattr(
+        rlvr_loss,
+        "policy_terms",
+        lambda *given, global_count, **named: terms(*given, global_count=2 * global_count, **named),
+    )
+
+
+def wrong_temperature(patch: pytest.MonkeyPatch) -> None:
+    """The trainer's log-probs are those of temperature 1, whatever the rollouts' is."""
+    patch.setattr(rlvr, "sample_as_rollouts", lambda config, models: None)
+
+
+def advantages_of_others(patch: pytest.MonkeyPatch) -> None:
+    """Every answer gets the advantage of the one before it in its pack."""
+
+    def change(pack: Any) -> None:
+        pack.per_sequence["advantage"] = pack.per_sequence["advantage"].roll(1)
+
+    change_packs(patch, change)
+
+
 # number of processes -> fault -> (how it is planted, verb, overrides, first check that fails, where)
 FAULTS: dict[int, dict[str, tuple[Plant, str, list[str], str, str]]] = {
     1: {
@@ -153,6 +179,11 @@ FAULTS: dict[int, dict[str, tuple[Plant, str, list[str], str, str]]] = {
         "rm head": (wrong_head, "rm", [], "weights", "score.weight"),
         "rm pairs": (rejected_for_chosen, "rm", [], "loss", "the batch"),
         "rm q/k groups": (swap_query_groups, "rm", [], "weights", "model.layers.1.self_attn.q_proj.weight"),
+        "rlvr labels": (labels_off_by_one, "rlvr", ["train.prefix_sharing=false"], "logprobs", "sample 0"),
+        "rlvr divisor": (wrong_count, "rlvr", [], "loss", "the batch"),
+        "rlvr temperature": (wrong_temperature, "rlvr", [], "logprobs", "sample 0"),
+        "rlvr advantages": (advantages_of_others, "rlvr", [], "loss", "the batch"),
+        "rlvr q/k groups": (swap_query_groups, "rlvr", [], "weights", "model.layers.1.self_attn.q_proj.weight"),
     },
     2: {
         "rm all-reduce": (
@@ -196,7 +227,8 @@ def test_planted_faults_are_found_and_named(certificates: dict[str, Certificate]
 
 
 def test_what_the_patterns_say(certificates: dict[str, Certificate]) -> None:
-    assert "every gradient is 0.5 times the true one" in certificates["divisor"].verdict()
+    for name in ("divisor", "rlvr divisor"):
+        assert "every gradient is 0.5 times the true one" in certificates[name].verdict()
     by_name = {check.name: check for check in certificates["all-reduce"].checks}
     failing = {each.place for each in by_name["gradients"].differences if not each.within(2e-4)}
     assert failing and all("norm" in place for place in failing), "only the norms lack the all-reduce"
@@ -214,8 +246,14 @@ def test_it_holds_at_several_layouts(files: Path) -> None:
             ("sft", ["sft.normalisation=token_mean"], {}),
             ("dpo", ["dpo.kind=simpo", "dpo.beta=2"], {"layers": 1}),
             ("dpo", [], {"dtype": "bfloat16"}),
+            ("dpo", ["dpo.kind=dpo", "dpo.weighting=wpo", "dpo.wpo_alignment=true"], {}),
             ("rm", [], {}),
             ("rm", [], {"layers": 1, "dtype": "bfloat16"}),
+            ("rlvr", ["train.pack_rows=64", "train.recompute=full"], {}),
+            ("rlvr", ["rlvr.kind=dapo", "rlvr.dual_clip=3", "rlvr.importance=token"], {}),
+            ("rlvr", ["rlvr.kind=gspo", "rlvr.importance=sequence", "rlvr.importance_mode=mask"], {"layers": 1}),
+            ("rlvr", ["rlvr.kind=cispo", "rlvr.kl_coef=0.1", "rlvr.kl_kind=k2"], {}),
+            ("rlvr", ["rlvr.kind=dr_grpo", "rlvr.importance=geometric"], {"dtype": "bfloat16"}),
             ("sft", ["sft.neftune_alpha=5", "model.dtype=bfloat16", "optimizer.gradient_dtype=bfloat16"], {}),
         ],
         2: [
@@ -226,6 +264,10 @@ def test_it_holds_at_several_layouts(files: Path) -> None:
             ("rm", ["parallel.tensor=2"], {}),
             ("rm", ["parallel.pipeline=2"], {}),
             ("dpo", [], {}),
+            ("rlvr", ["parallel.context=2", "rlvr.kind=gspo"], {}),
+            ("rlvr", ["parallel.tensor=2", "rlvr.kind=rloo"], {}),
+            ("rlvr", ["parallel.pipeline=2"], {}),
+            ("rlvr", ["rlvr.old_logprobs=trainer", "rlvr.normalisation=sequence_mean"], {}),
         ],
     }
     packs: dict[tuple[Any, ...], int] = {}
@@ -235,7 +277,8 @@ def test_it_holds_at_several_layouts(files: Path) -> None:
             layers = options.get("layers", 2)
             counts = {check.name: len(check.differences) for check in certificate.checks}
             assert counts["hidden"] == layers + 2 and counts["weights"] == counts["gradients"] == 3 + 9 * layers
-            assert counts["scores" if verb == "rm" else "logprobs"] == (6 if verb == "sft" else 12)
+            responses = {"sft": 6, "rlvr": 24}.get(verb, 12)
+            assert counts["scores" if verb == "rm" else "logprobs"] == responses
             packs[verb, world, *overrides] = certificate.subject["packs"]
     alone, staged = packs["sft", 1, "sft.normalisation=token_mean"], packs["sft", 2, "parallel.pipeline=2"]
     assert alone == staged > 0, "both stages have the same packs"
@@ -265,6 +308,11 @@ def test_the_verb(files: Path, tmp_path: Path) -> None:
     assert written["versions"]["torch"] == torch.__version__ and "lr: 0.003" in written["config"]
     assert "holds" in (tmp_path / "sound" / "audit.html").read_text()
     assert not json.loads((target / "audit.json").read_text())["holds"]
+
+
+def test_what_cannot_be_compared_is_refused(files: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rlvr.kind is gspo: its clip range .* audit with --dtype float32"):
+        audited(files, "rlvr", ["rlvr.kind=gspo"], dtype="bfloat16")
 
 
 def test_nothing_compared_does_not_hold() -> None:

@@ -93,7 +93,8 @@ def test_fp8_scales_are_no_weights() -> None:
         ({"fp8": "hybrid", "dtype": "bfloat16"}, "fp8: hybrid needs layer_spec: transformer_engine"),
         ({"layer_spec": "transformer_engine", "fp8": "e4m3"}, "fp8: e4m3 needs dtype: bfloat16, got float32"),
         ({**TE, "fp8": "e5m2"}, "Input should be 'none', 'e4m3' or 'hybrid'"),
-        ({**TE, "fp8": "hybrid", "fp8_recipe": "delayed"}, "Input should be 'tensorwise', 'blockwise' or 'mxfp8'"),
+        ({**TE, "fp8": "hybrid", "fp8_recipe": "delayed"}, "delayed scaling is not supported: .* take tensorwise"),
+        ({**TE, "fp8": "hybrid", "fp8_recipe": "rowwise"}, "Input should be 'tensorwise', 'blockwise' or 'mxfp8'"),
         ({"layer_spec": "te"}, "Input should be 'local' or 'transformer_engine'"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.parallel.forked import run_forked
 from tests.training import tiny_run
@@ -16,6 +17,7 @@ from tulu_hpc.parallel.layout import Layout, initialize
 from tulu_hpc.stages import audit, training_run
 from tulu_hpc.stages import sft as sft_stage
 from tulu_hpc.telemetry.metrics import MetricLogger, TelemetryError
+from tulu_hpc.telemetry.profiling import StepProfiler
 
 
 def told(action: Any) -> str:
@@ -86,6 +88,15 @@ def unwritable(folder: Path) -> dict[str, str]:
     attempt("metrics", "metrics.jsonl")
     attempt("stragglers", "stragglers.jsonl", telemetry__straggler_every=1)
     attempt("finished", "finished.json")
+    attempt("trace", "profile/step_1_rank_0.json", telemetry__profile_steps=[1])
+    with pytest.MonkeyPatch.context() as patch:
+        # torch's own exporter on a full disk: what was buffered is lost, and it only prints that.
+        patch.setattr(torch.profiler.profile, "export_chrome_trace", lambda self, path: Path(path).write_text('{"a'))
+        attempt("half a trace", None, telemetry__profile_steps=[2])
+    with pytest.MonkeyPatch.context() as patch:
+        # What needs a GPU does nothing here; the file is written, or not, as there.
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        said["snapshot"] = told(lambda: snapshot(folder / "gpu", rank))
     with pytest.MonkeyPatch.context() as patch:
         log = MetricLogger.log
 
@@ -106,6 +117,20 @@ def unwritable(folder: Path) -> dict[str, str]:
     return said
 
 
+def snapshot(folder: Path, rank: int) -> None:
+    """A step with a memory snapshot whose file cannot be written on rank 0."""
+    groups = initialize(Layout(), seed=1)
+    failures = WriteFailures(groups)
+    profiler = StepProfiler(folder, rank, memory_snapshot_steps=[1], writing=failures.writing)
+    block(folder / "profile" / "memory_step_1_rank_0.pickle", rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda.memory, "_record_memory_history", lambda *_, **__: None)
+        patch.setattr(torch.cuda.memory, "_snapshot", lambda *_, **__: {"segments": []})
+        with profiler.step(1):
+            pass
+    failures.check()
+
+
 def test_files_of_the_main_process_at_dp2(tmp_path: Path) -> None:
     assert training_run.FINISHED == "finished.json"
     first, second = run_forked(2, unwritable, tiny_run.write_inputs(tmp_path))
@@ -116,6 +141,9 @@ def test_files_of_the_main_process_at_dp2(tmp_path: Path) -> None:
         "stragglers": "stragglers.jsonl",
         "finished": "finished.json",
         "later": "metrics.jsonl",
+        "trace": "step_1_rank_0.json",
+        "half a trace": "step_2_rank_0.json",
+        "snapshot": "memory_step_1_rank_0.pickle",
         "audit": "proof",
         "layers": "short",
     }

@@ -60,7 +60,7 @@ def rlvr_config(inputs: Path, run: Path, *, value: dict[str, Any] | None = None,
         "train": {"steps": 4, "pack_rows": 128, "save_every": 2, "export_hf": False},
         "rlvr": {"prompts_per_step": 6, "samples_per_prompt": 4},
         "rollout": {"max_new_tokens": 8, "max_sequences": 16, "temperature": 0.9},
-        "telemetry": {"tensorboard": False},
+        "telemetry": {"tensorboard": False, "peak_tflops": 1},
     }
     return RlvrConfig.model_validate(_merge(values, changes) | ({} if value is None else {"value": value}))
 

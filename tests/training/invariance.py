@@ -11,6 +11,7 @@ import gc
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,7 @@ def deal(draw: Draw, items: Sequence[Item], groups: Groups, step: int) -> list[P
 
 
 def train(draw: Draw, models: dict[bool, Path]) -> dict[str, Any]:
-    """STEPS optimizer steps; losses and norms of each, gradients of the first (fp32), weights after the last.
+    """STEPS optimizer steps; losses and norms of each, gradients of the first, weights after the last.
 
     Also what happened on this rank: `packs` per step, and whether it was ever `unscored`: had rows of a pack with
     targets, but none of the targets.
@@ -261,7 +262,7 @@ def train(draw: Draw, models: dict[bool, Path]) -> dict[str, Any]:
         packs, loss = deal(draw, items, groups, step), loss_of(draw.objective, groups, items)
         batches = trainer.runner.prepare(packs)
         result["unscored"] |= any(each.batch.num_targets and not each.target_K.numel() for each in batches)
-        if step == 0 and draw.dtype == "float32":  # `gradients` swaps p.data, which bf16 would cut from its hooks
+        if step == 0:
             trainer.zero_grad()
             trainer.runner.forward_backward(batches, loss)
             result["gradients"] = tiny.gradients(trainer)
@@ -290,16 +291,25 @@ def _named(case: Draw, models: dict[bool, Path]) -> dict[str, Any]:
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
     """Largest differences: of loss and gradient norm over the three steps, relative; of the first step's gradients,
-    over the largest of each tensor; of the last weights, absolute, beyond rounding where they are bf16."""
+    max|d| / max|g| of each tensor, in bf16, where single numbers are noise, |d| / |g| in the 2-norm; of the last
+    weights, absolute, beyond rounding where they are bf16."""
     largest = {
         what: max(abs(a - b) / abs(b) for a, b in zip(found[what], wanted[what], strict=True))
         for what in ("losses", "norms")
     }
-    if found["gradients"]:
-        largest["gradients"] = tiny.largest_difference(found["gradients"], wanted["gradients"], relative=True)
+    low = any(tensor.dtype == torch.bfloat16 for tensor in found["gradients"].values())
+    if found["gradients"]:  # on global rank 0
+        measure = _by_norm if low else partial(tiny.largest_difference, relative=True)
+        largest["gradients"] = measure(found["gradients"], wanted["gradients"])
     assert found["weights"].keys() == wanted["weights"].keys()
     largest["weights"] = max(_beyond_rounding(found["weights"][k], w) for k, w in wanted["weights"].items())
     return largest
+
+
+def _by_norm(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """max over tensors of |d| / |wanted|."""
+    assert found.keys() == wanted.keys()
+    return max(float((found[name].double() - g.double()).norm() / g.double().norm()) for name, g in wanted.items())
 
 
 def _beyond_rounding(found: Tensor, wanted: Tensor) -> float:

@@ -18,6 +18,7 @@ from tests.training import tiny, tiny_run
 from tulu_hpc.config.loader import load_config
 from tulu_hpc.config.schema import DpoConfig, DpoSection, SftConfig
 from tulu_hpc.config.sections import LoopSection, ParallelSection
+from tulu_hpc.data.datasets import WEIGHT
 from tulu_hpc.data.packed_batch import Item
 from tulu_hpc.kernels import preference_loss
 from tulu_hpc.kernels.preference_loss.problem import KINDS
@@ -32,7 +33,9 @@ LOSSES: dict[str, dict[str, Any]] = {
     "dpo": {"kind": "dpo", "beta": 0.3},
     "dpo smoothed": {"kind": "dpo", "beta": 0.3, "label_smoothing": 0.1},
     "dpo with sft term": {"kind": "dpo", "beta": 0.3, "sft_weight": 0.2},
+    "dpo with weights of pairs": {"kind": "dpo", "beta": 0.3, "sft_weight": 0.2, "weight_field": "quality"},
     "wpo": {"kind": "dpo", "beta": 0.3, "weighting": "wpo"},
+    "wpo aligned": {"kind": "dpo", "beta": 0.3, "weighting": "wpo", "wpo_alignment": True, "weight_field": "quality"},
     "dpo_norm": {"kind": "dpo_norm", "beta": 2.0},
     "cdpo": {"kind": "cdpo", "beta": 0.3, "label_smoothing": 0.2},
     "robust": {"kind": "robust", "beta": 0.3, "label_smoothing": 0.2},
@@ -57,6 +60,7 @@ def pairs() -> list[Item]:
     items = tiny.make_items(LETTERS, seed=2)
     for index, item in enumerate(items):
         item.source = "odd" if index % 2 else "even"
+        item.per_sequence[WEIGHT] = [0.25 + index] * 2
     return items
 
 
@@ -71,6 +75,7 @@ def gradients_of_all(model: Path, ways: dict[str, dict[str, Any]]) -> dict[tuple
         run: Any = SimpleNamespace(groups=groups)
         for name, section in LOSSES.items():
             config: Any = SimpleNamespace(dpo=DpoSection(**section))
+            dpo.prepare(config, trainer)
             loss = dpo.batch_loss(run, config, data, source_names(pairs()))
             trainer.metric_names = []
             trainer.zero_grad()
@@ -96,15 +101,21 @@ def hf_answers(model: Path) -> dict[str, tuple[float, dict[str, Tensor]]]:
     """Loss and gradients of each loss by transformers, sequence by sequence, and the formulas in plain torch."""
     theirs = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     items, answers = pairs(), {}
-    logprobs, ids = [], []
+    logprobs, ids, alignments = [], [], []
     for number, (item, response) in enumerate((i, r) for i in items for r in i.responses):
         table = theirs(torch.cat((item.prompt, response.tokens))[None]).logits[0].log_softmax(-1)
         start = len(item.prompt) - 1
         logprobs.append(table[start : start + len(response)].gather(1, response.tokens[:, None])[:, 0])
         ids += [number] * len(response)
+        # log sum p^2, which the trainer takes from two passes of the head
+        alignments.append(table[start : start + len(response)].detach().double().exp().square().sum(1).log().sum())
     references = torch.tensor([sums for item in items for sums in item.per_sequence["reference_logprobs"]])
     for name, section in LOSSES.items():
         options = {"kl" if key == "kl_baseline" else key: value for key, value in section.items()}
+        if options.pop("weight_field", None):
+            options["weights_P"] = torch.tensor([item.per_sequence[WEIGHT][0] for item in items])
+        if options.pop("wpo_alignment", None):
+            options["alignment_sums_Q"] = torch.stack(alignments)
         out = preference_loss(
             torch.cat(logprobs),
             torch.tensor(ids),
@@ -176,7 +187,8 @@ def test_no_loss_or_option_is_left_out() -> None:
     assert {section["kind"] for section in LOSSES.values()} == set(KINDS)
     assert set(KINDS) == set(DpoSection.model_fields["kind"].annotation.__args__)  # type: ignore[union-attr]
     used = {key for section in LOSSES.values() for key in section}
-    assert used | {"reference", "reference_cache"} == set(DpoSection.model_fields)
+    # `records` and `kl_estimate` in test_labelled.py
+    assert used | {"reference", "reference_cache", "records", "kl_estimate"} == set(DpoSection.model_fields)
 
 
 def test_shared_prompts_are_the_default_and_exact(results: dict[tuple[str, str], Any]) -> None:

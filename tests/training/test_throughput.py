@@ -54,8 +54,8 @@ def run_sft(inputs: Path, folder: Path, world: int, **changes: Any) -> list[list
         batches: list[list[Item]] = []
         original = training_run.load_items
 
-        def keep(run: Any, kind: Any) -> Any:
-            items, pad_id = original(run, kind)
+        def keep(run: Any) -> Any:
+            items, pad_id = original(run)
             by_id = {item.id: item for item in items}
             loader = training_run.make_loader(run, items, pad_id=pad_id)
             batches.extend([by_id[each] for each in data.item_ids] for data in loader)

@@ -164,7 +164,10 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def gradients(trainer: Trainer) -> dict[str, Tensor]:
-    """The whole reduced gradient under Hugging Face names (the distributed optimizer's shards are gathered)."""
+    """The whole reduced gradient under Hugging Face names (the distributed optimizer's shards are gathered).
+
+    In the parameters' dtype: p.data of another one would be cut from its hooks.
+    """
     for chunk in trainer.chunks:
         for buffer in chunk.buffers:
             for bucket in buffer.buckets:
@@ -175,7 +178,7 @@ def gradients(trainer: Trainer) -> dict[str, Tensor]:
     parameters = [p for model in trainer.models for p in model.parameters()]
     kept = [p.data for p in parameters]
     for p in parameters:
-        p.data = p.main_grad.view_as(p)
+        p.data = p.main_grad.view_as(p).to(p.dtype)
     try:
         return weights(trainer)
     finally:
@@ -202,7 +205,7 @@ def train(
         items = make_items(letters, seed=step)
         data = global_batch(items, groups, parallel, pack_rows=pack_rows, share=share)
         loss_fn = loss(groups, items)
-        if step == 0 and dtype == "float32":  # `gradients` swaps p.data, which another dtype would cut from its hooks
+        if step == 0:
             trainer.zero_grad()
             trainer.runner.forward_backward(trainer.runner.prepare(data.packs), loss_fn)
             result["gradients"] = gradients(trainer)

@@ -20,7 +20,7 @@ def audit(
     layers: Annotated[int | None, typer.Option(min=1, help="Only the first layers; empty: all.")] = None,
     dtype: Annotated[str, typer.Option(help="Of our side: float32, bfloat16, or `config`.")] = "float32",
     output: Annotated[Path | None, typer.Option(help="Directory; by default `audit` in the run directory.")] = None,
-    verb: Annotated[str | None, typer.Option(help="sft, dpo or rm; by default the file's own.")] = None,
+    verb: Annotated[str | None, typer.Option(help="sft, dpo, rm or rlvr; by default the file's own.")] = None,
 ) -> None:
     """Prove that model, layout and data of a training file compute what Hugging Face computes in one process.
 
@@ -28,13 +28,10 @@ def audit(
     does not.
     """
     from tulu_hpc.config.loader import ConfigError
-    from tulu_hpc.config.schema import RlvrConfig
     from tulu_hpc.config.verbs import load_training_config
     from tulu_hpc.stages import audit as stage
 
     loaded = load_training_config(config, overrides or (), verb)
-    if isinstance(loaded, RlvrConfig):
-        raise ConfigError(f"{config}: audit takes sft, dpo and rm files")
     chosen = loaded.model.dtype if dtype == "config" else dtype
     if chosen not in stage.TOLERANCES:
         raise ConfigError(f"--dtype {dtype!r}: expected float32, bfloat16 or config")

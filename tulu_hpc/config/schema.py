@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from tulu_hpc.config.architecture import Architecture
+from tulu_hpc.config.dpo_section import DpoSection
 from tulu_hpc.config.layer_spec import check_layer_spec
 from tulu_hpc.config.rlvr_sections import AsyncSection, RlvrSection, ValueSection
 from tulu_hpc.config.sections import (
@@ -35,59 +36,6 @@ class SftSection(Section):
     neftune_alpha: float = Field(
         default=0.0, ge=0, description="Noise on the embeddings (arXiv:2310.05914), in units of the paper; 0: none."
     )
-
-
-class DpoSection(Section):
-    kind: Literal["dpo", "dpo_norm", "cdpo", "robust", "simpo", "ipo", "hinge", "orpo", "kto"] = Field(
-        default="dpo_norm",
-        description="Formulas and papers: kernels/preference_loss/reference.py. simpo and orpo need no reference; "
-        "kto takes a pair as one desirable and one undesirable sequence.",
-    )
-    beta: float = Field(default=5.0, gt=0)
-    label_smoothing: float = Field(
-        default=0.0, ge=0, lt=0.5, description="Share of wrong preferences; not for ipo, hinge, orpo and kto."
-    )
-    gamma: float = Field(default=0.0, ge=0, description="Target margin of simpo, in units of the reward.")
-    sft_weight: float | None = Field(
-        default=None, ge=0, description="Of the chosen answer's mean negative log-prob; empty: 1 for orpo, else 0."
-    )
-    weighting: Literal["none", "wpo"] = Field(
-        default="none", description="`wpo`: pairs are weighted by their probability under the policy."
-    )
-    kl_baseline: float = Field(default=0.0, ge=0, description="Of kto: log-ratio that counts as neutral.")
-    desirable_weight: float = Field(default=1.0, ge=0, description="Of kto.")
-    undesirable_weight: float = Field(default=1.0, ge=0, description="Of kto.")
-    reference: Literal["cached", "resident"] = Field(
-        default="cached",
-        description="Log-probs of model.path on all pairs before the first step, kept on disk; or a second model in "
-        "memory that reads each step's packs.",
-    )
-    reference_cache: str | None = Field(
-        default=None, description="Directory of reference log-probs (may be made elsewhere); empty: in run.dir."
-    )
-
-    @model_validator(mode="after")
-    def _fits_the_kind(self) -> Self:
-        if self.label_smoothing and self.kind in ("ipo", "hinge", "orpo", "kto"):
-            raise ValueError(f"{self.kind} has no label_smoothing")
-        if self.kind == "cdpo" and not self.label_smoothing:
-            raise ValueError("cdpo needs label_smoothing > 0; without it, it is dpo")
-        if self.reference == "resident" and not self.needs_reference:
-            raise ValueError(f"{self.kind} needs no reference")
-        if self.reference == "resident" and self.reference_cache is not None:
-            raise ValueError("a resident reference has no reference_cache")
-        if self.gamma and self.kind != "simpo":
-            raise ValueError(f"gamma is the margin of simpo, {self.kind} has none")
-        if self.kind == "kto":
-            if self.weighting != "none":
-                raise ValueError("wpo weights pairs, the sequences of kto are unpaired")
-        elif self.kl_baseline or (self.desirable_weight, self.undesirable_weight) != (1, 1):
-            raise ValueError(f"kl_baseline, desirable_weight and undesirable_weight belong to kto, not to {self.kind}")
-        return self
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.kind not in ("simpo", "orpo")
 
 
 class StageConfig(Section):
@@ -267,7 +215,7 @@ class MixSource(Section):
 class MixSection(Section):
     sources: list[MixSource] = Field(min_length=1)
     output: str
-    kind: Literal["sft", "preference", "rlvr"] = "sft"
+    kind: Literal["sft", "preference", "labelled", "rlvr"] = "sft"
     on_error: Literal["raise", "skip"] = "raise"
 
 
@@ -334,7 +282,7 @@ class SyntheticConfig(Section):
 class TokenizerSection(Section):
     texts: list[str] = Field(min_length=1, description="Record files to learn from.")
     vocab_size: int = Field(default=768, ge=256)
-    kind: Literal["sft", "preference", "rlvr"] = "sft"
+    kind: Literal["sft", "preference", "labelled", "rlvr"] = "sft"
 
 
 class InitialiseSection(Section):

@@ -81,6 +81,16 @@ class ModelSection(Section):
         default=None, description="Prefix attention: K/V repeated per response, or two calls merged; empty: by cost."
     )
 
+    @field_validator("fp8_recipe", mode="before")
+    @classmethod
+    def _no_delayed_scaling(cls, value: object) -> object:
+        if value == "delayed":
+            raise ValueError(
+                "delayed scaling is not supported: its scales come from a history of earlier steps that no checkpoint "
+                "here holds and that passes that only read log-probs would change; take tensorwise"
+            )
+        return value
+
     @model_validator(mode="after")
     def _fp8(self) -> Self:
         if self.fp8 != "none" and self.layer_spec != "transformer_engine":

@@ -12,16 +12,18 @@ import torch
 
 from tulu_hpc.data.chat_template import (
     ChatTemplate,
+    Conversation,
     MaskProofError,
     encode_conversations,
     encode_texts,
     render_prompt,
 )
 from tulu_hpc.data.packed_batch import Item, TokenSequence
-from tulu_hpc.data.records import PreferenceRecord, RlvrRecord, SftRecord
+from tulu_hpc.data.records import LabelledRecord, PreferenceRecord, RlvrRecord, SftRecord
 
 OnError = Literal["raise", "skip"]
 T = TypeVar("T")
+WEIGHT, LABEL = "weight", "label"  # per-sequence columns; label: 1 desirable, 0 undesirable
 CHUNK = 1024  # conversations encoded together: enough for the tokenizer's threads, little enough for memory
 
 
@@ -116,12 +118,9 @@ def preference_items(
                 assert not isinstance(side, MaskProofError)
                 start = side.turn_starts[len(record.prompt)]
                 prompt = side.token_ids[:start]
-                mask = torch.tensor(side.mask[start:max_length], dtype=torch.bool)
                 cut |= len(side.token_ids) > max_length
-                if mask.any():
-                    length = int(mask.nonzero()[-1]) + 1
-                    tokens = torch.tensor(side.token_ids[start : start + length], dtype=torch.int64)
-                    responses.append(TokenSequence(tokens, mask[:length]))
+                if (response := _response(side, start, max_length)) is not None:
+                    responses.append(response)
             items.counts["cut"] += cut
             if len(responses) < 2:
                 items.counts["without room for both answers"] += 1
@@ -129,9 +128,65 @@ def preference_items(
                 items.counts["with equal answers after the cut"] += 1
             else:
                 tokens = torch.tensor(prompt, dtype=torch.int64)
-                items.append(Item("pair", responses, prompt=tokens, id=record.id, source=record.source))
+                weight = {} if record.weight is None else {WEIGHT: [record.weight] * 2}
+                items.append(
+                    Item("pair", responses, prompt=tokens, per_sequence=weight, id=record.id, source=record.source)
+                )
     items.counts["kept"] = len(items)
     return items
+
+
+def labelled_items(
+    records: Iterable[LabelledRecord],
+    tokenizer: Any,
+    template: ChatTemplate,
+    max_length: int,
+    *,
+    on_error: OnError = "raise",
+) -> Counted[Item]:
+    """One ordinary sequence per record, with its prompt and the column `label`; masks and cuts as in pairs.
+
+    A row whose prompt leaves no room for a trained token is dropped.
+
+    Raises:
+        MaskProofError: naming record and span, unless `on_error` is "skip" (counted as `unproven mask`).
+    """
+    items: Counted[Item] = Counted()
+    for chunk in _chunks(records):
+        conversations, tools = [r.prompt + r.completion for r in chunk], [r.tools for r in chunk]
+        for record, result in zip(chunk, encode_conversations(tokenizer, template, conversations, tools), strict=True):
+            items.counts["rows"] += 1
+            if isinstance(result, MaskProofError):
+                _refuse(items, record.id, record.source, result, on_error)
+                continue
+            items.counts["cut"] += len(result.token_ids) > max_length
+            start = result.turn_starts[len(record.prompt)]
+            response = _response(result, start, max_length)
+            if response is None:
+                items.counts["without room for the answer"] += 1
+                continue
+            columns = {LABEL: [float(record.label)]} | ({} if record.weight is None else {WEIGHT: [record.weight]})
+            items.append(
+                Item(
+                    "sequence",
+                    [response],
+                    prompt=torch.tensor(result.token_ids[:start], dtype=torch.int64),
+                    per_sequence=columns,
+                    id=record.id,
+                    source=record.source,
+                )
+            )
+    items.counts["kept"] = len(items)
+    return items
+
+
+def _response(whole: Conversation, start: int, max_length: int) -> TokenSequence | None:
+    """What follows the prompt of a conversation, up to its last trained token; None: there is no such token."""
+    mask = torch.tensor(whole.mask[start:max_length], dtype=torch.bool)
+    if not mask.any():
+        return None
+    length = int(mask.nonzero()[-1]) + 1
+    return TokenSequence(torch.tensor(whole.token_ids[start : start + length], dtype=torch.int64), mask[:length])
 
 
 def rlvr_prompts(

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from tulu_hpc.data.records import AnyRecord, PreferenceRecord, RecordKind, SftRecord, message_dicts, read_records
+from tulu_hpc.data.records import (
+    AnyRecord,
+    LabelledRecord,
+    Message,
+    PreferenceRecord,
+    RecordKind,
+    SftRecord,
+    message_dicts,
+    read_records,
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,12 @@ def to_row(record: AnyRecord, source: str) -> dict[str, Any]:
             "chosen": message_dicts(record.chosen),
             "rejected": message_dicts(record.rejected),
         }
+    elif isinstance(record, LabelledRecord):
+        body = {
+            "prompt": message_dicts(record.prompt),
+            "completion": message_dicts(record.completion),
+            "label": record.label,
+        }
     else:
         body = {"messages": message_dicts(record.messages)}
         plain = len(record.dataset) == 1 and not isinstance(record.ground_truth[0], list)
@@ -123,9 +138,15 @@ def to_row(record: AnyRecord, source: str) -> dict[str, Any]:
 
 
 def _lengths(records: Sequence[AnyRecord]) -> dict[str, float]:
-    conversations = [r.prompt + r.chosen if isinstance(r, PreferenceRecord) else r.messages for r in records]
+    conversations = [_conversation(record) for record in records]
     count = max(1, len(conversations))
     return {
         "turns_mean": sum(map(len, conversations)) / count,
         "characters_mean": sum(len(message.content) for messages in conversations for message in messages) / count,
     }
+
+
+def _conversation(record: AnyRecord) -> list[Message]:
+    if isinstance(record, PreferenceRecord):
+        return record.prompt + record.chosen
+    return record.prompt + record.completion if isinstance(record, LabelledRecord) else record.messages

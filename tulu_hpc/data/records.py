@@ -4,6 +4,7 @@
 |---|---|
 | sft | `messages` |
 | preference | `chosen`, `rejected` (messages or a string), optionally `prompt` (messages or a string) |
+| labelled | `prompt`, `completion` (messages or a string), `label` (true: desirable) |
 | rlvr | `messages`, `ground_truth` (one or a list), `dataset` (one or a list: which verifier checks it) |
 
 All kinds may carry `source` (or, but for rlvr, `dataset`; else the file's name stands for it), and `tools`: what the
@@ -17,48 +18,16 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, overload
 
+from tulu_hpc.data.messages import FieldError, Message, Tools, read_messages, read_tools
 from tulu_hpc.data.rows import NOT_TEXT, RecordError, is_text, iterate_rows, json_text, show
 
-RecordKind = Literal["sft", "preference", "rlvr"]
-ROLES = ("system", "user", "assistant", "tool")
-Tools = Sequence[Mapping[str, Any]]  # JSON schemas of functions, in the form that the chat template expects
+RecordKind = Literal["sft", "preference", "labelled", "rlvr"]
 
-
-class _FieldError(ValueError):
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn; `message["role"]` works too, as chat templates expect.
-
-    Attributes:
-        role: one of ROLES.
-        content: may be empty for a tool's answer and for an assistant turn that calls tools.
-        extra: what else chat templates read, as plain JSON: `tool_calls` of an assistant turn (arguments as an object),
-            `tool_call_id` and `name` of a tool's answer.
-    """
-
-    role: str
-    content: str
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    def __getitem__(self, key: str) -> Any:
-        return self.to_dict()[key]
-
-    @property
-    def tool_calls(self) -> list[Mapping[str, Any]]:
-        """`{"name": ..., "arguments": {...}}` of each call."""
-        return [call["function"] for call in self.extra.get("tool_calls", [])]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"role": self.role, "content": self.content, **self.extra}
+_LARGEST_WEIGHT = 1e6  # more is a mistake, and beyond what fp32 adds to other losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +50,20 @@ class PreferenceRecord:
     source: str
     id: str
     tools: Tools = ()
+    weight: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRecord:
+    """One answer, and whether it is a good one."""
+
+    prompt: list[Message]
+    completion: list[Message]
+    label: bool
+    source: str
+    id: str
+    tools: Tools = ()
+    weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +78,8 @@ class RlvrRecord:
     tools: Tools = ()
 
 
-AnyRecord = SftRecord | PreferenceRecord | RlvrRecord
-R = TypeVar("R", SftRecord, PreferenceRecord, RlvrRecord)
+AnyRecord = SftRecord | PreferenceRecord | LabelledRecord | RlvrRecord
+R = TypeVar("R", SftRecord, PreferenceRecord, LabelledRecord, RlvrRecord)
 
 
 @dataclass
@@ -122,8 +105,20 @@ def read_records(
 ) -> RecordSet[SftRecord]: ...
 @overload
 def read_records(
-    path: str | Path, kind: Literal["preference"], *, on_error: Literal["raise", "skip"] = "raise"
+    path: str | Path,
+    kind: Literal["preference"],
+    *,
+    on_error: Literal["raise", "skip"] = "raise",
+    weight_field: str | None = None,
 ) -> RecordSet[PreferenceRecord]: ...
+@overload
+def read_records(
+    path: str | Path,
+    kind: Literal["labelled"],
+    *,
+    on_error: Literal["raise", "skip"] = "raise",
+    weight_field: str | None = None,
+) -> RecordSet[LabelledRecord]: ...
 @overload
 def read_records(
     path: str | Path,
@@ -138,6 +133,7 @@ def read_records(
     *,
     on_error: Literal["raise", "skip"] = "raise",
     check: Callable[[Any], None] | None = None,
+    weight_field: str | None = None,
 ) -> Any:
     """Read and check every row of `path`.
 
@@ -146,6 +142,7 @@ def read_records(
         kind: the schema.
         on_error: "raise" stops at the first malformed row; "skip" leaves it out and keeps the reason.
         check: of each rlvr record, whether its ground truth can be used; a ValueError makes the row malformed.
+        weight_field: of preference and labelled rows, the field with their weight; each must have it.
 
     Raises:
         RecordError: naming file, line and field.
@@ -160,7 +157,7 @@ def read_records(
         try:
             if isinstance(row, RecordError):
                 raise row
-            record = parse_record(row, kind, file=file, line=line)
+            record = parse_record(row, kind, file=file, line=line, weight_field=weight_field)
             if check is not None:
                 _require_usable(record, check, file, line)
             records.append(record)
@@ -181,24 +178,27 @@ def _require_usable(record: Any, check: Callable[[Any], None], file: str, line: 
         raise RecordError(str(error), file=file, line=line, field="ground_truth") from None
 
 
-def parse_record(row: Mapping[str, Any], kind: RecordKind, *, file: str, line: int) -> AnyRecord:
-    """One record from one row of a file.
+def parse_record(
+    row: Mapping[str, Any], kind: RecordKind, *, file: str, line: int, weight_field: str | None = None
+) -> AnyRecord:
+    """One record from one row of a file; `weight_field` as in `read_records`.
 
     Raises:
         RecordError: naming the field that does not fit the schema.
     """
     parsers: dict[RecordKind, Callable[[Mapping[str, Any], str, Tools], AnyRecord]]
-    parsers = {"sft": _sft, "preference": _preference, "rlvr": _rlvr}
+    parsers = {"sft": _sft, "preference": _preference, "labelled": _labelled, "rlvr": _rlvr}
     source = row.get("source")
     if source is None and kind != "rlvr" and isinstance(row.get("dataset"), str):
         source = row["dataset"]  # as mixes of the hub say it; of an rlvr record it names the verifier
     try:
         if source is not None and not isinstance(source, str):
-            raise _FieldError("source", f"is {show(source)}, need a string")
+            raise FieldError("source", f"is {show(source)}, need a string")
         if source is not None and not is_text(source):
-            raise _FieldError("source", NOT_TEXT)
-        return parsers[kind](row, source or _stem(file), _tools(row))
-    except _FieldError as error:
+            raise FieldError("source", NOT_TEXT)
+        record = parsers[kind](row, source or _stem(file), read_tools(row))
+        return record if weight_field is None else _weighted(record, row, weight_field)
+    except FieldError as error:
         raise RecordError(str(error), file=file, line=line, field=error.field) from None
 
 
@@ -209,38 +209,67 @@ def content_id(*parts: Any) -> str:
 
 
 def _sft(row: Mapping[str, Any], source: str, tools: Tools) -> SftRecord:
-    messages = _messages(row, "messages")
+    messages = read_messages(row, "messages")
     if not any(message.role == "assistant" for message in messages):
-        raise _FieldError("messages", "has no assistant turn, there is nothing to train")
+        raise FieldError("messages", "has no assistant turn, there is nothing to train")
     return SftRecord(messages, source, content_id(messages, *tools), tools)
 
 
 def _preference(row: Mapping[str, Any], source: str, tools: Tools) -> PreferenceRecord:
-    sides = {}
-    for name in ("chosen", "rejected"):
-        if isinstance(row.get(name), str):
-            sides[name] = [Message("assistant", row[name])]
-        else:
-            sides[name] = _messages(row, name)
-    lead: list[Message] = []
-    if row.get("prompt") is not None:
-        lead = [Message("user", row["prompt"])] if isinstance(row["prompt"], str) else _messages(row, "prompt")
+    sides = {name: _turns(row, name, "assistant") for name in ("chosen", "rejected")}
+    lead = _turns(row, "prompt", "user") if row.get("prompt") is not None else []
     chosen, rejected = (_whole(lead, name, side) for name, side in sides.items())
     common = 0
     while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
         common += 1
     if chosen == rejected:
-        raise _FieldError("rejected", "is equal to chosen")
+        raise FieldError("rejected", "is equal to chosen")
     if common == 0:
-        raise _FieldError("prompt", "is missing: chosen and rejected have no leading message in common")
+        raise FieldError("prompt", "is missing: chosen and rejected have no leading message in common")
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if side[common].role != "assistant":
-            raise _FieldError(
+            raise FieldError(
                 f"{name}[{common}]", f"role is {side[common].role!r}; the first message that differs must be an answer"
             )
     prompt = chosen[:common]
     answers = chosen[common:], rejected[common:]
     return PreferenceRecord(prompt, *answers, source, content_id(prompt, *answers, *tools), tools)
+
+
+def _labelled(row: Mapping[str, Any], source: str, tools: Tools) -> LabelledRecord:
+    prompt, completion = _turns(row, "prompt", "user"), _turns(row, "completion", "assistant")
+    if completion[: len(prompt)] == prompt:  # the whole conversation, as some data sets have it
+        completion = completion[len(prompt) :]
+    if prompt[-1].role == "assistant":
+        raise FieldError(f"prompt[{len(prompt) - 1}]", "the prompt ends with an assistant turn, nothing to answer")
+    if not completion or completion[0].role != "assistant":
+        raise FieldError("completion", "does not begin with an assistant turn: it must be the answer to the prompt")
+    label = row.get("label")
+    if not isinstance(label, bool):
+        reason = "is missing" if label is None else f"is {show(label)}"
+        raise FieldError("label", f"{reason}, need true (desirable) or false")
+    return LabelledRecord(prompt, completion, label, source, content_id(prompt, completion, label, *tools), tools)
+
+
+def _turns(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
+    """Messages, or a string that is one turn of `role`."""
+    if not isinstance(row.get(name), str):
+        return read_messages(row, name)
+    if not is_text(row[name]):
+        raise FieldError(name, NOT_TEXT)
+    return [Message(role, row[name])]
+
+
+def _weighted(record: AnyRecord, row: Mapping[str, Any], name: str) -> AnyRecord:
+    """The record with its weight, which is then a part of its id."""
+    assert isinstance(record, PreferenceRecord | LabelledRecord)
+    value = row.get(name)
+    if value is None:
+        raise FieldError(name, "is missing, it is the weight of the row")
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    if not number or not 0 <= value <= _LARGEST_WEIGHT:
+        raise FieldError(name, f"is {show(value)}, need a weight: a number from 0 to {_LARGEST_WEIGHT:g}")
+    return replace(record, weight=float(value), id=content_id(record.id, float(value)))
 
 
 def _whole(lead: list[Message], name: str, side: list[Message]) -> list[Message]:
@@ -251,118 +280,30 @@ def _whole(lead: list[Message], name: str, side: list[Message]) -> list[Message]
         return lead + side
     if all(message in side for message in lead):  # `prompt` is its last question, or leaves out the system turn
         return side
-    raise _FieldError("prompt", f"is not in {name}, which begins with a {side[0].role} turn of its own")
+    raise FieldError("prompt", f"is not in {name}, which begins with a {side[0].role} turn of its own")
 
 
 def _rlvr(row: Mapping[str, Any], source: str, tools: Tools) -> RlvrRecord:
-    messages = _messages(row, "messages")
+    messages = read_messages(row, "messages")
     if messages[-1].role == "assistant":
-        raise _FieldError(f"messages[{len(messages) - 1}]", "the prompt ends with an assistant turn, nothing to answer")
+        raise FieldError(f"messages[{len(messages) - 1}]", "the prompt ends with an assistant turn, nothing to answer")
     for name in ("ground_truth", "dataset"):
         if row.get(name) is None:
-            raise _FieldError(name, "is missing")
+            raise FieldError(name, "is missing")
     ground_truth = row["ground_truth"] if isinstance(row["ground_truth"], list) else [row["ground_truth"]]
     dataset = row["dataset"] if isinstance(row["dataset"], list) else [row["dataset"]]
     if not dataset or not all(isinstance(name, str) and name for name in dataset):
-        raise _FieldError("dataset", f"is {show(row['dataset'])}, need a name or a list of names")
+        raise FieldError("dataset", f"is {show(row['dataset'])}, need a name or a list of names")
     if len(dataset) != len(ground_truth):
-        raise _FieldError("ground_truth", f"has {len(ground_truth)} entries for {len(dataset)} names in dataset")
+        raise FieldError("ground_truth", f"has {len(ground_truth)} entries for {len(dataset)} names in dataset")
     for name, value in (("ground_truth", ground_truth), ("dataset", dataset)):
         try:
             json_text(value)
         except ValueError as error:
-            raise _FieldError(name, str(error)) from None
+            raise FieldError(name, str(error)) from None
     return RlvrRecord(
         messages, ground_truth, dataset, source, content_id(messages, ground_truth, dataset, *tools), tools
     )
-
-
-def _messages(row: Mapping[str, Any], name: str) -> list[Message]:
-    value = row.get(name)
-    if value is None:
-        near = ", ".join(sorted(str(key) for key in row)) or "none"
-        raise _FieldError(name, f"is missing (fields of the row: {near})")
-    if not isinstance(value, list) or not value:
-        raise _FieldError(name, f"is {show(value)}, need a list of at least one message")
-    messages = []
-    for index, message in enumerate(value):
-        where = f"{name}[{index}]"
-        if not isinstance(message, Mapping):
-            raise _FieldError(where, f"is {show(message)}, need an object with role and content")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise _FieldError(f"{where}.role", f"is {show(role)}, need one of {', '.join(ROLES)}")
-        extra = _extra(message, role, where)
-        if content is None and "tool_calls" in extra:
-            content = ""
-        if not isinstance(content, str):
-            raise _FieldError(f"{where}.content", f"is {show(content)}, need a string")
-        if not is_text(content):
-            raise _FieldError(f"{where}.content", NOT_TEXT)
-        if not content.strip() and role != "tool" and "tool_calls" not in extra:
-            raise _FieldError(f"{where}.content", "is empty")
-        messages.append(Message(role, content, extra))
-    return messages
-
-
-def _extra(message: Mapping[str, Any], role: str, where: str) -> dict[str, Any]:
-    """The parts of a message that only tools need; absent and null are the same, as tables have a column for all."""
-    extra: dict[str, Any] = {}
-    if calls := message.get("tool_calls"):
-        if role != "assistant":
-            raise _FieldError(f"{where}.tool_calls", f"belong to an assistant turn, not to {role!r}")
-        if not isinstance(calls, list):
-            raise _FieldError(f"{where}.tool_calls", f"is {show(calls)}, need a list")
-        extra["tool_calls"] = [_tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
-    for name in ("tool_call_id", "name"):
-        value = message.get(name)
-        if role == "tool" and value:
-            if not isinstance(value, str) or not is_text(value):
-                raise _FieldError(f"{where}.{name}", f"is {show(value)}, need a string")
-            extra[name] = value
-    return extra
-
-
-def _tool_call(call: object, where: str) -> dict[str, Any]:
-    """`{"id", "type": "function", "function": {"name", "arguments"}}`; arguments may come as the text of an object,
-    which is how tables hold objects of different keys."""
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise _FieldError(where, f"is {show(call)}, need a function with a name and arguments")
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError as error:
-            raise _FieldError(f"{where}.function.arguments", f"not JSON: {error}") from None
-    if not isinstance(arguments, Mapping):
-        raise _FieldError(f"{where}.function.arguments", f"is {show(arguments)}, need an object")
-    try:
-        json_text(arguments)
-    except ValueError as error:
-        raise _FieldError(f"{where}.function.arguments", str(error)) from None
-    assert isinstance(call, Mapping)
-    named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    return {**named, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
-
-
-def _tools(row: Mapping[str, Any]) -> Tools:
-    """The functions a conversation may call: a list of objects, or its text."""
-    value = row.get("tools")
-    if isinstance(value, str) and value:
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise _FieldError("tools", f"not JSON: {error}") from None
-    if not value:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise _FieldError("tools", f"is {show(value)}, need a list of objects")
-    try:
-        json_text(value)
-    except ValueError as error:
-        raise _FieldError("tools", str(error)) from None
-    return tuple(value)
 
 
 def message_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -34,7 +34,13 @@ def stage_name(stage: int, layers: int) -> str:
 
 
 def places(pack: PackedBatch) -> list[Place]:
-    """(item id, response) of each sequence of a pack."""
+    """(item id, response) of each sequence of a pack. Parts of a group that was split have the column `answer`."""
+    if "answer" in pack.per_sequence:
+        numbers = pack.per_sequence["answer"].long().tolist()
+        return [
+            (pack.item_ids[index], number)
+            for index, number in zip(pack.per_sequence["item"].tolist(), numbers, strict=True)
+        ]
     found: list[Place] = []
     for index in pack.per_sequence["item"].tolist():
         name = pack.item_ids[index]

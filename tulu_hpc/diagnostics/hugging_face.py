@@ -20,9 +20,24 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from tulu_hpc.data.packed_batch import Item
 
 Place = tuple[str, int]  # id of the item, index of the response
-# log-probs [n] of each response (of a scalar head: [1] scores) -> this item's share of the loss
-ItemLoss = Callable[[Item, Sequence[Tensor]], Tensor]
 PROBES = 4
+
+
+@dataclass
+class Answers:
+    """What the model says about the responses of one item.
+
+    Attributes:
+        logprobs: [n] fp32 of each response, with gradient; of a scalar head [1] scores.
+        alignments: [n] fp32 of each response: log of the sum over the vocabulary of p^2, without gradient; empty of a
+            scalar head.
+    """
+
+    logprobs: list[Tensor] = field(default_factory=list)
+    alignments: list[Tensor] = field(default_factory=list)
+
+
+ItemLoss = Callable[[Item, Answers], Tensor]  # this item's share of the loss
 
 
 @dataclass
@@ -77,12 +92,14 @@ def compute(
     *,
     scores: bool = False,
     new_score: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> Truth:
     """Run the samples through Hugging Face's model one response at a time, with gradients.
 
     Args:
         scores: by a scalar head; each response has one target, the place after its last token (`data.readout`).
         new_score: [1, H], the head of a language model that gets one.
+        temperature: logits are divided by it.
 
     Raises:
         ValueError: a sample without any scored token.
@@ -93,7 +110,7 @@ def compute(
     stages = [model.model.embed_tokens, *model.model.layers, model.model.norm]
     handles = [stage.register_forward_hook(lambda *call: outputs.append(_tensor(call[2]))) for stage in stages]
     for item in items:
-        logprobs = []
+        answers = Answers()
         for index, response in enumerate(item.responses):
             positions = scored_positions(item, index)
             if not positions:
@@ -103,14 +120,15 @@ def compute(
             before = torch.tensor(positions, device=device) - 1
             if scores:
                 model.model(whole[None, :-1], use_cache=False)
-                logprobs.append(model.score(outputs[-1][0, before])[:, 0])
+                answers.logprobs.append(model.score(outputs[-1][0, before])[:, 0])
             else:
-                table = model(whole[None], use_cache=False).logits[0].log_softmax(-1)
-                logprobs.append(table[before, whole[before + 1]])
+                table = (model(whole[None], use_cache=False).logits[0] / temperature).log_softmax(-1)
+                answers.logprobs.append(table[before, whole[before + 1]])
+                answers.alignments.append((2 * table[before].detach()).logsumexp(-1))
             rows = before[probes(len(positions))]
             truth.hidden[item.id, index] = torch.stack([each.detach()[0, rows] for each in outputs]).cpu()
-            truth.logprobs[item.id, index] = logprobs[-1].detach().cpu()
-        share = loss(item, logprobs)
+            truth.logprobs[item.id, index] = answers.logprobs[-1].detach().cpu()
+        share = loss(item, answers)
         share.backward()
         truth.loss += float(share.detach())
     for handle in handles:

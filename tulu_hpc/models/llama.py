@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from tulu_hpc.config.architecture import Architecture
-from tulu_hpc.kernels import linear_logprob
+from tulu_hpc.kernels import LogprobOutput, linear_logprob
 from tulu_hpc.models import embedding_noise
 from tulu_hpc.models.cache import DecodeParams
 from tulu_hpc.models.rope import angles, inverse_frequencies
@@ -29,10 +29,12 @@ class TokenLogprobs(NamedTuple):
     Attributes:
         logprobs_K: [K] fp32 log p(target | what its row sees), of this rank's targets.
         entropy_K: [K] fp32 entropy (nats) of the same distributions, or None when not asked for.
+        alignment_K: [K] fp32 log of the sum over the vocabulary of p^2, without gradient, or None when not asked for.
     """
 
     logprobs_K: Tensor
     entropy_K: Tensor | None
+    alignment_K: Tensor | None = None
 
 
 class Llama(GPTModel):
@@ -42,6 +44,7 @@ class Llama(GPTModel):
         architecture: shape of the model; `vocab_size` there is without padding.
         logprob_buffer_bytes: largest buffer of logits that may exist at once.
         return_entropy: whether `TokenLogprobs.entropy_K` is computed.
+        return_alignment: whether `TokenLogprobs.alignment_K` is computed, by a second pass of the head.
         logprob_temperature: logits are divided by it before the softmax.
         head: what the last stage returns, `TokenLogprobs` or `RowValues`.
     """
@@ -49,6 +52,7 @@ class Llama(GPTModel):
     architecture: Architecture
     logprob_buffer_bytes: int | None = None
     return_entropy: bool = False
+    return_alignment: bool = False
     logprob_temperature: float = 1.0
     head: Head = "logprobs"
 
@@ -159,20 +163,31 @@ class Llama(GPTModel):
             return self._logits(hidden_TH, packed_seq_params.logit_rows)
         if labels is None:
             raise ValueError("Llama returns log-probs of targets: give labels (target_K)")
+        out = self._logprobs(hidden_TH, labels, packed_seq_params.row_K, self.logprob_temperature, self.return_entropy)
+        if not self.return_alignment:
+            return TokenLogprobs(out.logprobs_K, out.entropy_K)
+        with torch.no_grad():
+            # With logits z and lse the log of the sum of exp: log-prob z_y - lse(z), at half the temperature
+            # 2 z_y - lse(2 z); twice the first less the second is lse(2 z) - 2 lse(z) = log sum p^2.
+            half = self._logprobs(hidden_TH, labels, packed_seq_params.row_K, self.logprob_temperature / 2, False)
+            return TokenLogprobs(out.logprobs_K, out.entropy_K, 2 * out.logprobs_K - half.logprobs_K)
+
+    def _logprobs(
+        self, hidden_TH: Tensor, target_K: Tensor, row_K: Tensor, temperature: float, entropy: bool
+    ) -> LogprobOutput:
         weight, start = self.local_vocab()
-        out = linear_logprob(
+        return linear_logprob(
             hidden_TH.to(weight.dtype),  # an fp32 head in a bf16 model
             weight,
-            labels,
-            row_K=packed_seq_params.row_K,
-            temperature=self.logprob_temperature,
-            return_entropy=self.return_entropy,
+            target_K,
+            row_K=row_K,
+            temperature=temperature,
+            return_entropy=entropy,
             tp_group=self.pg_collection.tp,
             sequence_parallel=self.config.sequence_parallel,
             vocab_start=start,
             max_buffer_bytes=self.logprob_buffer_bytes,
         )
-        return TokenLogprobs(out.logprobs_K, out.entropy_K)
 
     def _logits(self, hidden_TH: Tensor, rows: Tensor) -> Tensor:
         """[B, V] fp32 logits of the given rows, whole on every tensor-parallel rank, padding cut off."""

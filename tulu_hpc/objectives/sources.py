@@ -30,8 +30,9 @@ def pair_source_metrics(
     *,
     device: torch.device,
     counted: float = 1.0,
+    metrics_of: Sequence[str] = PAIR_METRICS,
 ) -> dict[str, Metric]:
-    """`PAIR_METRICS` of each source as `rewards/accuracies/{source}` and so on, means over its pairs.
+    """`metrics_of` each source as `rewards/accuracies/{source}` and so on, means over its pairs.
 
     Args:
         measure: indices of pairs -> sums over them by metric name.
@@ -44,7 +45,7 @@ def pair_source_metrics(
     for name in names:
         where = [index for index, source in enumerate(sources) if source == name]
         sums = measure(torch.tensor(where, device=device)) if where else {}
-        for metric in PAIR_METRICS:
+        for metric in metrics_of:
             metrics[f"{metric}/{name}"] = (sums.get(metric, none).detach() * counted, len(where) * counted)
     return metrics
 

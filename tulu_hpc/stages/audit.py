@@ -17,16 +17,16 @@ from torch import Tensor
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.loader import ConfigError, dump_yaml
 from tulu_hpc.config.run_directory import RunDirectory
-from tulu_hpc.config.schema import DpoConfig, RewardModelConfig, SftConfig
+from tulu_hpc.config.schema import DpoConfig, RewardModelConfig, RlvrConfig, SftConfig
 from tulu_hpc.config.sections import ModelSection
+from tulu_hpc.config.verbs import TrainingConfig
 from tulu_hpc.data.loader import ItemLoader, StepData
 from tulu_hpc.data.packed_batch import Item
 from tulu_hpc.data.readout import with_readout
 from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.diagnostics import compare, hugging_face
 from tulu_hpc.diagnostics.certificate import Certificate, Check, Difference
-from tulu_hpc.diagnostics.hugging_face import ItemLoss, Truth
-from tulu_hpc.kernels import preference_loss
+from tulu_hpc.diagnostics.hugging_face import Truth
 from tulu_hpc.models.convert import copy_companions, iter_hf_tensors, write_config
 from tulu_hpc.models.model_files import is_imported
 from tulu_hpc.models.names import SCORE, hf_shapes
@@ -36,14 +36,16 @@ from tulu_hpc.objectives.terms import Terms
 from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.failures import shared_writing
 from tulu_hpc.parallel.layout import Groups
-from tulu_hpc.stages import dpo, reward_model, sft, training_run
-from tulu_hpc.stages.training_data import read_items
+from tulu_hpc.stages import audit_rlvr, dpo, reward_model, rlvr, rlvr_loss, sft, training_run
+from tulu_hpc.stages.audit_losses import pair_loss, score_loss, sft_loss
+from tulu_hpc.stages.training_data import kind_of, read_items, weight_field_of
 from tulu_hpc.stages.training_run import Run
 from tulu_hpc.training import reference
+from tulu_hpc.training.normalisation import global_counts
 from tulu_hpc.training.runner import LossFn, row_multiple
 from tulu_hpc.training.trainer import Trainer, build_trainer
 
-AuditedConfig = SftConfig | DpoConfig | RewardModelConfig
+AuditedConfig = TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ def run(
     Raises:
         ConfigError, RecordError, LayoutError: naming the key, file, line or rank.
     """
+    if isinstance(config, RlvrConfig):
+        audit_rlvr.check(config, dtype)
     if is_imported(Path(config.model.path)):
         raise ConfigError(f"model.path: {config.model.path} is an imported checkpoint; the audit needs what it is of")
     if config.model.fp8 != "none" and dtype != "bfloat16":
@@ -102,6 +106,8 @@ def run(
     run = Run("audit", audited, groups, RunDirectory(output), architecture)
     items, pad_id = sample(run, audited, rows, max_tokens)
     truth = one_process_truth(run, audited, items)
+    if isinstance(audited, RlvrConfig):
+        items = audit_rlvr.with_logprobs(audited, items, truth)
     trainer = audited_trainer(run, audited)
     data = one_batch(run, audited, items, pad_id)
     checks = list(compared(run, audited, trainer, data, truth, TOLERANCES[dtype]))
@@ -161,18 +167,20 @@ def sample(run: Run, config: AuditedConfig, rows: int, max_tokens: int) -> tuple
     These are drawn, not computed: a policy beside itself would have a loss that many faults leave alone.
     """
     tokenizer = load_tokenizer(config.model.path, run.architecture.vocab_size)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if isinstance(config, RlvrConfig):
+        return audit_rlvr.sample_answers(config, tokenizer, rows, max_tokens, run.say), int(pad_id or 0)
     short = config.data.model_copy(update={"max_length": min(config.data.max_length, max_tokens)})
-    items, _ = read_items(short, tokenizer, "sft" if isinstance(config, SftConfig) else "preference", run.say)
+    items, _ = read_items(short, tokenizer, kind_of(config), run.say, weight_field=weight_field_of(config))
     generator = random.Random(config.run.seed)
     chosen = generator.sample(range(len(items)), min(rows, len(items)))
     named = [replace(items[index], id=f"{number} ({items[index].id})") for number, index in enumerate(chosen)]
     if isinstance(config, DpoConfig):
         for item in named:
-            lengths = [len(hugging_face.scored_positions(item, i)) for i in range(2)]
+            lengths = [len(hugging_face.scored_positions(item, i)) for i in range(len(item.responses))]
             item.per_sequence[reference.COLUMN] = [-n * generator.uniform(1.0, 3.0) for n in lengths]
     if isinstance(config, RewardModelConfig):
         named = [with_readout(item) for item in named]
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return named, int(pad_id or 0)
 
 
@@ -182,6 +190,8 @@ def one_process_truth(run: Run, config: AuditedConfig, items: Sequence[Item]) ->
     if run.groups.is_main:
         if isinstance(config, SftConfig):
             loss = sft_loss(config, items)
+        elif isinstance(config, RlvrConfig):
+            loss = audit_rlvr.policy_loss(config, items)
         else:
             loss = pair_loss(config, items) if isinstance(config, DpoConfig) else score_loss(items)
         truth = hugging_face.compute(
@@ -191,50 +201,11 @@ def one_process_truth(run: Run, config: AuditedConfig, items: Sequence[Item]) ->
             default_device(),
             scores=isinstance(config, RewardModelConfig),
             new_score=drawn_tensors(run, config).get(SCORE),
+            temperature=config.rollout.temperature if isinstance(config, RlvrConfig) else 1.0,
         )
     shared = run.groups.broadcast_object(None if truth is None else replace(truth, gradients={}))
     assert isinstance(shared, Truth)
     return truth or shared
-
-
-def sft_loss(config: SftConfig, items: Sequence[Item]) -> ItemLoss:
-    """Negative log-likelihood over the configured divisor."""
-    if config.sft.normalisation == "token_mean":
-        divisor = float(sum(len(hugging_face.scored_positions(item, 0)) for item in items))
-    else:
-        divisor = float(config.sft.sum_divisor or config.train.global_batch_size or 0)
-
-    def loss(item: Item, logprobs: Sequence[Tensor]) -> Tensor:
-        return -logprobs[0].sum() / divisor
-
-    return loss
-
-
-def pair_loss(config: DpoConfig, items: Sequence[Item]) -> ItemLoss:
-    """The specification of the configured loss (`kernels.preference_loss`, reference backend, fp64) over all pairs."""
-
-    def loss(item: Item, logprobs: Sequence[Tensor]) -> Tensor:
-        flat_K = torch.cat(list(logprobs)).double()
-        sizes = torch.tensor([len(each) for each in logprobs], device=flat_K.device)
-        sequence_K = torch.arange(2, device=flat_K.device).repeat_interleave(sizes)
-        sums_Q = torch.tensor(item.per_sequence[reference.COLUMN], dtype=torch.float32, device=flat_K.device)
-        pairs_P2 = torch.tensor([[0, 1]], device=flat_K.device)
-        out = preference_loss(
-            flat_K, sequence_K, sums_Q, pairs_P2, beta=config.dpo.beta, backend="reference", **dpo.loss_options(config)
-        )
-        return out.loss / len(items)
-
-    return loss
-
-
-def score_loss(items: Sequence[Item]) -> ItemLoss:
-    """Bradley-Terry: -log(1 / (1 + exp(rejected - chosen))), mean over the pairs, in fp64 [2203.02155 eq. 1]."""
-
-    def loss(item: Item, scores: Sequence[Tensor]) -> Tensor:
-        chosen, rejected = (each.double().sum() for each in scores)
-        return torch.log1p(torch.exp(rejected - chosen)) / len(items)
-
-    return loss
 
 
 def drawn_tensors(run: Run, config: AuditedConfig) -> dict[str, Tensor]:
@@ -249,7 +220,7 @@ def drawn_tensors(run: Run, config: AuditedConfig) -> dict[str, Tensor]:
 
 def audited_trainer(run: Run, config: AuditedConfig) -> Trainer:
     """As training builds it."""
-    return build_trainer(
+    trainer = build_trainer(
         model=config.model,
         parallel=config.parallel,
         optimizer=config.optimizer,
@@ -260,6 +231,11 @@ def audited_trainer(run: Run, config: AuditedConfig) -> Trainer:
         head="value" if isinstance(config, RewardModelConfig) else "logprobs",
         new_head_seed=config.run.seed,
     )
+    if isinstance(config, DpoConfig):
+        dpo.prepare(config, trainer)
+    if isinstance(config, RlvrConfig):
+        rlvr.sample_as_rollouts(config, trainer.models)
+    return trainer
 
 
 def one_batch(run: Run, config: AuditedConfig, items: list[Item], pad_id: int) -> StepData:
@@ -306,11 +282,13 @@ def compared(
         loss_fn = sft.batch_loss(run, config, data)
     elif isinstance(config, DpoConfig):
         loss_fn = dpo.batch_loss(run, config, data)
+    elif isinstance(config, RlvrConfig):
+        loss_fn = rlvr_loss.policy_loss(config, groups, global_counts(data.packs, groups))
     else:
         loss_fn = reward_model.batch_loss(run, data, ())
     trainer.zero_grad()
     terms = trainer.runner.forward_backward(batches, loss_fn)
-    loss = global_loss(groups, terms, whole_on_every_context_rank=not isinstance(config, SftConfig))
+    loss = global_loss(groups, terms, whole_on_every_context_rank=isinstance(config, DpoConfig | RewardModelConfig))
     with compare.gradients_as_parameters(trainer.chunks, groups):
         stream = iter_hf_tensors(trainer.models, architecture, groups)
         gradients, remark = compare.gradient_differences(stream, truth, measure=allowed.gradient_measure)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tulu_hpc.config.schema import InitialiseConfig
-from tulu_hpc.data.records import PreferenceRecord, RecordKind, read_records
+from tulu_hpc.data.records import LabelledRecord, PreferenceRecord, RecordKind, read_records
 from tulu_hpc.data.tokenizer import train_tokenizer
 from tulu_hpc.models.initialise import random_hf_model
 from tulu_hpc.models.safetensors_files import published
@@ -55,6 +55,8 @@ def _texts(paths: list[str], kind: RecordKind) -> Iterator[str]:
         for record in read_records(path, kind):
             if isinstance(record, PreferenceRecord):
                 messages = record.prompt + record.chosen + record.rejected
+            elif isinstance(record, LabelledRecord):
+                messages = record.prompt + record.completion
             else:
                 messages = record.messages
             for message in messages:

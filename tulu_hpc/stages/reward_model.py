@@ -36,11 +36,11 @@ def run(config: RewardModelConfig) -> Path:
     run = training_run.open_run(config, "rm")
     if run.finished:
         return run.already_finished()
-    items, pad_id = training_run.load_items(run, "preference")
+    items, pad_id = training_run.load_items(run)
     items = [with_readout(item) for item in items]
     held_out: list[Item] = []
     if config.rm.eval_path:
-        pairs, _ = training_run.load_items(run, "preference", config.rm.eval_path)
+        pairs, _ = training_run.load_items(run, config.rm.eval_path)
         held_out = [with_readout(item) for item in pairs]
         multiple = row_multiple(run.groups.layout, config.parallel.context_split)
         check_sizes(held_out, capacity=config.train.pack_rows, multiple=multiple, share=config.train.prefix_sharing)

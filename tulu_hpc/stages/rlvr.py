@@ -6,29 +6,35 @@ run repeats the one that was not interrupted, and the samples do not depend on t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.schema import RlvrConfig
 from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.models.llama import Llama
+from tulu_hpc.parallel.communication import timed_collectives
 from tulu_hpc.parallel.failures import WriteFailures
 from tulu_hpc.rollout.embedded import EmbeddedEngine
 from tulu_hpc.stages import training_run
 from tulu_hpc.stages.rlvr_ahead import Ahead, open_ahead
-from tulu_hpc.stages.rlvr_learner import Learner
+from tulu_hpc.stages.rlvr_learner import Learner, ValueModel
 from tulu_hpc.stages.rlvr_rollouts import fingerprint
 from tulu_hpc.stages.rlvr_step import rollout_step
+from tulu_hpc.stages.rlvr_throughput import RolloutThroughput
 from tulu_hpc.stages.rlvr_values import open_value_model
 from tulu_hpc.stages.rollouts import load_prompts, open_engine, open_verifiers, refuse_stop_strings, sampling_of
 from tulu_hpc.stages.served import ServedEngine, check_served, start_servers
+from tulu_hpc.stages.throughput import open_stragglers, total_peak
 from tulu_hpc.stages.training_run import Run
+from tulu_hpc.telemetry.profiling import StepProfiler
 from tulu_hpc.telemetry.progress import Progress
 from tulu_hpc.training import checkpoint
 from tulu_hpc.training.preemption import StopRequest
 from tulu_hpc.training.runner import Runner
-from tulu_hpc.training.trainer import load_model
+from tulu_hpc.training.trainer import DTYPES, Trainer, load_model
 
 
 def run(config: RlvrConfig) -> Path:
@@ -102,15 +108,14 @@ def build(run: Run, config: RlvrConfig, stack: ExitStack) -> Learner:
             split=config.parallel.context_split,
             strategy=config.model.attention_strategy,
         )
-    for model in [*trainer.models, *(reference.chunks if reference else [])]:
-        assert isinstance(model, Llama)
-        model.logprob_temperature = config.rollout.temperature  # ratios and KL are of the policy that samples
+    sample_as_rollouts(config, [*trainer.models, *(reference.chunks if reference else [])])
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     engine: EmbeddedEngine | ServedEngine
     if served is None:
         engine = open_engine(config.rollout, trainer.models, run.groups, run.architecture, tokenizer)
     else:
         engine = ServedEngine(run, config, trainer, *served)
+    value = open_value_model(run, config, updates) if config.value is not None else None
     return Learner(
         run=run,
         config=config,
@@ -122,7 +127,39 @@ def build(run: Run, config: RlvrConfig, stack: ExitStack) -> Learner:
         sampling=sampling_of(config.rollout, tokenizer, config.model.path),
         tokenizer=tokenizer,
         pad_id=int(pad_id or 0),
-        value=open_value_model(run, config, updates) if config.value is not None else None,
+        throughput=open_throughput(run, config, trainer, reference, value),
+        value=value,
+    )
+
+
+def sample_as_rollouts(config: RlvrConfig, models: Sequence[Any]) -> None:
+    """Ratios and KL are of the policy that samples: its temperature is in the log-probs of the trainer's models too."""
+    for model in models:
+        assert isinstance(model, Llama)
+        model.logprob_temperature = config.rollout.temperature
+
+
+def open_throughput(
+    run: Run, config: RlvrConfig, trainer: Trainer, reference: Runner | None, value: ValueModel | None
+) -> RolloutThroughput:
+    """Accounting of this run: all models report to the clock of the policy's trainer. Collective."""
+    peak, sentence = total_peak(run.groups, DTYPES[config.model.dtype], config.telemetry.peak_tflops)
+    run.say(sentence)
+    value_peak = peak
+    if reference is not None:
+        reference.use_clock(trainer.clock)
+    if value is not None:
+        assert config.value is not None
+        value.trainer.use_clock(trainer.clock)
+        if config.value.model.dtype != config.model.dtype:
+            value_peak, _ = total_peak(run.groups, DTYPES[config.value.model.dtype], config.telemetry.peak_tflops)
+    return RolloutThroughput(
+        groups=run.groups,
+        telemetry=config.telemetry,
+        directory=run.directory.root,
+        clock=trainer.clock,
+        peak_flops=peak,
+        value_peak_flops=value_peak,
     )
 
 
@@ -163,11 +200,21 @@ def fit(learner: Learner, first: int, ahead: Ahead | None) -> None:
     progress = Progress("rlvr", train.steps, start=first, enabled=main, interval=0.0 if train.steps <= 20 else None)
     stop = StopRequest(run.directory.stop_requested, run.directory.preempted, is_main=main)
     saver = training_run.make_saver(run, learner.trainer, learner.partners)
-    with logger, progress, stop, saver:
+    telemetry = config.telemetry
+    profiler = StepProfiler(
+        run.directory.root,
+        run.groups.rank,
+        profile_steps=telemetry.profile_steps,
+        memory_snapshot_steps=telemetry.memory_snapshot_steps,
+        writing=failures.writing,
+    )
+    open_stragglers(run.groups, run.directory.root, first)
+    with logger, progress, stop, saver, timed_collectives(learner.trainer.clock):
         for step in range(first + 1, train.steps + 1):
-            metrics, stopping = rollout_step(
-                learner, step, check_mismatch=step == first + 1, stop_requested=stop.pending(), ahead=ahead
-            )
+            with profiler.step(step):
+                metrics, stopping = rollout_step(
+                    learner, step, check_mismatch=step == first + 1, stop_requested=stop.pending(), ahead=ahead
+                )
             if step % train.log_every == 0 or step == train.steps:
                 with failures.writing(str(run.directory.metrics)):
                     logger.log(step, metrics)

@@ -10,6 +10,7 @@ from tulu_hpc.data.datasets import Prompt
 from tulu_hpc.parallel.second_layout import SecondLayout
 from tulu_hpc.rollout.embedded import EmbeddedEngine
 from tulu_hpc.rollout.engine import Sampling
+from tulu_hpc.stages.rlvr_throughput import RolloutThroughput
 from tulu_hpc.stages.served import ServedEngine
 from tulu_hpc.stages.training_run import Run
 from tulu_hpc.training.partner import Partner
@@ -42,6 +43,7 @@ class Learner:
         position: in the stream of prompts: those before it belong to earlier steps.
         versions: of the trainer's weights at the start of the last rollout steps, ascending.
         value: None without ppo.
+        throughput: times the model phases of a step.
     """
 
     run: Run
@@ -54,6 +56,7 @@ class Learner:
     sampling: Sampling
     tokenizer: Any
     pad_id: int
+    throughput: RolloutThroughput
     position: int = 0
     versions: list[int] = field(default_factory=list)
     value: ValueModel | None = None

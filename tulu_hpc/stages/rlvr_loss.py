@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tulu_hpc.config.schema import RlvrConfig
 from tulu_hpc.data.packed_batch import PackedBatch
 from tulu_hpc.models.llama import TokenLogprobs
 from tulu_hpc.objectives.policy import policy_terms
 from tulu_hpc.objectives.terms import Terms, own_targets, sequence_lengths
 from tulu_hpc.parallel.context import RankBatch
-from tulu_hpc.stages.rlvr_learner import Learner
+from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.stages.rlvr_mismatch import Mismatch, places
 from tulu_hpc.training.normalisation import GlobalCounts
 from tulu_hpc.training.runner import LossFn
 
 
-def policy_loss(learner: Learner, counts: GlobalCounts, watch: Mismatch | None) -> LossFn:
+def policy_loss(config: RlvrConfig, groups: Groups, counts: GlobalCounts, watch: Mismatch | None = None) -> LossFn:
     """The loss of one minibatch of all ranks. `watch` collects the difference between engine and trainer."""
-    rlvr, groups = learner.config.rlvr, learner.run.groups
+    rlvr = config.rlvr
     low, cap = rlvr.importance_bounds
 
     def loss(output: TokenLogprobs, batch: RankBatch) -> Terms:
@@ -39,14 +40,14 @@ def policy_loss(learner: Learner, counts: GlobalCounts, watch: Mismatch | None) 
             kind=rlvr.kind,
             normalisation=rlvr.normalisation,
             global_count=counts.targets if rlvr.normalisation == "token_mean" else counts.sequences,
-            constant_length=learner.config.rollout.max_new_tokens,
+            constant_length=config.rollout.max_new_tokens,
             clip_low=rlvr.clip_low,
             clip_high=rlvr.clip_high,
             dual_clip=rlvr.dual_clip,
             kl_coef=rlvr.kl_coef if rlvr.kl_in == "loss" else 0.0,
             kl_kind=rlvr.kl_kind,
             reference_logprobs_K=(
-                column(pack, "reference_logprobs", batch, output.logprobs_K) if learner.reference is not None else None
+                column(pack, "reference_logprobs", batch, output.logprobs_K) if rlvr.kl_coef > 0 else None
             ),
             old_logprobs_K=(column(pack, "old_logprobs", batch, output.logprobs_K) if rlvr.uses_own_logprobs else None),
             importance=rlvr.importance,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tulu_hpc.data.packed_batch import PackedBatch
 from tulu_hpc.rollout.engine import Completion
 from tulu_hpc.rollout.texts import ended_itself
 from tulu_hpc.stages import rlvr_gate, rlvr_metrics, rlvr_values
@@ -23,6 +24,14 @@ from tulu_hpc.stages.rlvr_off_policy import (
 from tulu_hpc.stages.rlvr_packs import add_logprobs, minibatch_of, pack_groups
 from tulu_hpc.stages.rlvr_rollouts import Group
 from tulu_hpc.stages.rlvr_sampling import answer_now, sample_groups, sampling_metrics
+from tulu_hpc.stages.rlvr_throughput import (
+    Figures,
+    ModelPhase,
+    forward_figures,
+    of_value_model,
+    trained_figures,
+)
+from tulu_hpc.stages.rlvr_values import Experience
 from tulu_hpc.stages.rollouts import LOSSES, is_replica_leader, lost_verdicts
 from tulu_hpc.training.normalisation import global_counts
 from tulu_hpc.training.step import StepResult, train_step
@@ -36,7 +45,7 @@ def rollout_step(
     Args:
         ahead: who has the groups of an asynchronous run.
     """
-    config, groups = learner.config, learner.run.groups
+    config, groups, throughput = learner.config, learner.run.groups, learner.throughput
     clock = rlvr_metrics.Clock()
     learner.begin_step()
     if ahead is None:
@@ -58,14 +67,16 @@ def rollout_step(
     ]
     counts = [global_counts(packs, groups) for packs in minibatches]
     if learner.reference is not None:
-        for packs in minibatches:
-            add_logprobs("reference_logprobs", learner.reference, packs)
+        with throughput.phase("reference"):
+            for packs in minibatches:
+                add_logprobs("reference_logprobs", learner.reference, packs)
     clock.lap("reference")
     own = config.rlvr.uses_own_logprobs
     weights, mismatch = ImportanceStats(), Mismatch()
     if own:
-        for packs in minibatches:
-            add_logprobs("old_logprobs", learner.trainer.runner, packs)
+        with throughput.phase("old_logprobs"):
+            for packs in minibatches:
+                add_logprobs("old_logprobs", learner.trainer.runner, packs)
         weights = importance_stats([pack for packs in minibatches for pack in packs], config.rlvr)
         mismatch = rlvr_gate.check_own(learner, step, minibatches)
     elif check_mismatch:
@@ -82,9 +93,11 @@ def rollout_step(
                 continue
             # Only before the first update do trainer and engine hold the same weights.
             watch = mismatch if epoch == 0 and not results and not own else None
-            results.append(train_step(learner.trainer, packs, policy_loss(learner, count, watch)))
+            with throughput.phase("train"):
+                results.append(train_step(learner.trainer, packs, policy_loss(config, groups, count, watch)))
             if experience is not None:
-                experience.train(index)
+                with throughput.phase("value_train"):
+                    experience.train(index)
     learner.engine.version = learner.trainer.step
     clock.lap("train")
     if not own:
@@ -96,6 +109,7 @@ def rollout_step(
         "weights": weights if leader else None,
         "mismatch": mismatch if groups.tp_rank == 0 else None,
         "scores": ahead.mismatch if ahead is not None and groups.is_main else None,
+        "figures": forward_phases(learner, minibatches, experience),
         "stop": stop_requested,
     }
     shares = groups.all_gather_object(share)
@@ -103,6 +117,7 @@ def rollout_step(
     def of(name: str) -> list[Any]:
         return [each[name] for each in shares if each[name] is not None]
 
+    figures = all_phases(learner, of("figures"), results, experience)
     updates = config.rlvr.epochs * config.rlvr.minibatches
     metrics = {
         **rlvr_metrics.rollout_metrics(of("stats")),
@@ -113,6 +128,7 @@ def rollout_step(
         **{f"verifier/{name}": float(verdicts[name]) for name in LOSSES},
         **update_metrics(results, updates),
         **(experience.all_metrics() if experience is not None else {}),
+        **throughput.metrics(step, figures),
         **clock.metrics(),
     }
     learner.position = sampled.position
@@ -120,6 +136,45 @@ def rollout_step(
         metrics["rollout/stale_refused"] = float(ahead.refused)
         ahead.finish_step(step, sampled.groups, weights_before)
     return metrics, any(each["stop"] for each in shares)
+
+
+def forward_phases(
+    learner: Learner, minibatches: Sequence[Sequence[PackedBatch]], experience: Experience | None
+) -> dict[ModelPhase, Figures]:
+    """What this replica, on its leader, read without training on it."""
+    found: dict[ModelPhase, Figures] = {}
+    if is_replica_leader(learner.run.groups):
+        packs = forward_figures(learner.run.architecture, [pack for packs in minibatches for pack in packs])
+        if learner.reference is not None:
+            found["reference"] = packs
+        if learner.config.rlvr.uses_own_logprobs:
+            found["old_logprobs"] = packs
+    if experience is not None and is_replica_leader(experience.model.place.groups):
+        shape = of_value_model(experience.model.trainer.architecture)
+        found["values"] = forward_figures(shape, [pack for packs in experience.packs for pack in packs])
+    return found
+
+
+def all_phases(
+    learner: Learner,
+    shares: Sequence[dict[ModelPhase, Figures]],
+    results: Sequence[StepResult],
+    experience: Experience | None,
+) -> dict[ModelPhase, Figures]:
+    """The phases in which something was read, of the whole job.
+
+    Args:
+        shares: `forward_phases` of all ranks.
+    """
+    found: dict[ModelPhase, Figures] = {}
+    for share in shares:
+        for name, figures in share.items():
+            found[name] = found.get(name, Figures()) + figures
+    found["train"] = trained_figures(learner.run.architecture, results, learner.config.train.recompute)
+    if experience is not None:
+        shape = of_value_model(experience.model.trainer.architecture)
+        found["value_train"] = trained_figures(shape, experience.results, experience.section.recompute)
+    return {name: figures for name, figures in found.items() if figures.rows}
 
 
 def count_verdicts(learner: Learner, step: int, own: dict[str, int] | None) -> dict[str, int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -159,7 +160,9 @@ def prepare_experience(
         )
         for index in range(config.rlvr.minibatches)
     ]
-    advantages = _add_returns(model, section, [pack for packs in value_packs for pack in packs])
+    advantages = _add_returns(
+        model, section, [pack for packs in value_packs for pack in packs], learner.throughput.phase("values")
+    )
     metrics = _statistics(value_packs, value_groups) | _kl_metrics(config, packs, kl, policy)
     if not shared:
         shares = value_groups.all_gather_over_replicas(advantages)
@@ -214,12 +217,15 @@ def _value_items(config: RlvrConfig, scored: Sequence[Group], rewards: Mapping[i
     return items
 
 
-def _add_returns(model: ValueModel, section: ValueSection, packs: Sequence[PackedBatch]) -> dict[int, Tensor]:
+def _add_returns(
+    model: ValueModel, section: ValueSection, packs: Sequence[PackedBatch], timed: AbstractContextManager[None]
+) -> dict[int, Tensor]:
     """Columns `old_values` and `returns` of the value model's packs; advantages of their answers, not whitened."""
     advantages: dict[int, Tensor] = {}
     with model.place.active():
         model.trainer.synchronise_parameters()
-        values = model.trainer.runner.values(packs)
+        with timed:
+            values = model.trainer.runner.values(packs)
     for pack, values_K in zip(packs, values, strict=True):
         values_K = values_K.cpu()
         offsets_Q1 = sequence_offsets(pack.sequence_id_K, pack.num_sequences)

@@ -31,7 +31,7 @@ def run(config: SftConfig) -> Path:
     run = training_run.open_run(config, "sft")
     if run.finished:
         return run.already_finished()
-    items, pad_id = training_run.load_items(run, "sft")
+    items, pad_id = training_run.load_items(run)
     loader = training_run.make_loader(run, items, pad_id=pad_id)
     trainer = training_run.make_trainer(run, total_steps=loader.num_steps)
     training_run.resume(run, trainer, loader)

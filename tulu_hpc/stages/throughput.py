@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tulu_hpc.parallel.failures import shared_writing
 from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.planner.peak import peak_of_device
 from tulu_hpc.telemetry import memory
+from tulu_hpc.telemetry.metrics import TelemetryError, truncate_after
 from tulu_hpc.telemetry.step_clock import PHASES, Marks, Phase, StepClock
 from tulu_hpc.telemetry.stragglers import RankTimes, compare
 from tulu_hpc.training.step import StepResult
@@ -102,20 +104,45 @@ class Throughput:
         self._own.append(sum(seconds.values()) - seconds["communication"])
 
     def _compare(self, step: int) -> None:
-        mine = RankTimes(self.groups.rank, socket.gethostname(), tuple(self._own))
+        ratio = self.telemetry.straggler_ratio
+        self._straggler = report_stragglers(self.groups, self._own, step, self.directory, ratio)
         self._own = []
-        report = compare(self.groups.all_gather_object(mine))
-        self._straggler = report.metrics()
-        path = self.directory / STRAGGLERS
-        with shared_writing(self.groups, str(path)):
-            if self.groups.is_main:
-                with path.open("a") as file:
-                    file.write(json.dumps(report.record(step)) + "\n")
-        if not self.groups.is_main:
-            return
-        warning = report.warning(self.telemetry.straggler_ratio)
-        if warning is not None:
-            print(f"step {step}: {warning}", file=sys.stderr, flush=True)
+
+
+def open_stragglers(groups: Groups, directory: Path, step: int) -> None:
+    """Keep the lines of a run's stragglers.jsonl up to `step`, where it goes on. Collective.
+
+    Raises:
+        WriteError, TelemetryError: on every rank.
+    """
+    path = directory / STRAGGLERS
+    with shared_writing(groups, str(path), also=(TelemetryError,)):
+        if groups.is_main:
+            truncate_after(path, step)
+
+
+def report_stragglers(
+    groups: Groups, own: Sequence[float], step: int, directory: Path, ratio: float
+) -> dict[str, float]:
+    """Compare the ranks' own times of the last steps: a line in stragglers.jsonl, a warning, metrics. Collective.
+
+    Args:
+        own: seconds of each step on this rank, waiting for others left out.
+        ratio: of the slowest to the median from which on there is a warning.
+
+    Raises:
+        WriteError: on every rank.
+    """
+    report = compare(groups.all_gather_object(RankTimes(groups.rank, socket.gethostname(), tuple(own))))
+    path = directory / STRAGGLERS
+    with shared_writing(groups, str(path)):
+        if groups.is_main:
+            with path.open("a") as file:
+                file.write(json.dumps(report.record(step)) + "\n")
+    warning = report.warning(ratio)
+    if warning is not None and groups.is_main:
+        print(f"step {step}: {warning}", file=sys.stderr, flush=True)
+    return report.metrics()
 
 
 def total_peak(groups: Groups, dtype: torch.dtype, tflops: float | None) -> tuple[float, str]:

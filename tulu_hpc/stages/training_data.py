@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tulu_hpc.config.schema import DpoConfig, RewardModelConfig, SftConfig
 from tulu_hpc.config.sections import DataSection
 from tulu_hpc.data.chat_template import ChatTemplate
-from tulu_hpc.data.datasets import preference_items, sft_items
+from tulu_hpc.data.datasets import Counted, labelled_items, preference_items, sft_items
 from tulu_hpc.data.packed_batch import Item
 from tulu_hpc.data.preview import preview_page
 from tulu_hpc.data.readout import with_readout
@@ -17,11 +17,28 @@ from tulu_hpc.data.records import read_records
 from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.telemetry.files import write_atomically
 
-Kind = Literal["sft", "preference"]
+Kind = Literal["sft", "preference", "labelled"]
+
+
+def kind_of(config: SftConfig | DpoConfig | RewardModelConfig) -> Kind:
+    """The records that a training file reads."""
+    if isinstance(config, SftConfig):
+        return "sft"
+    return "labelled" if isinstance(config, DpoConfig) and config.dpo.records == "labels" else "preference"
+
+
+def weight_field_of(config: SftConfig | DpoConfig | RewardModelConfig) -> str | None:
+    """The field of a record with the weight of its loss."""
+    return config.dpo.weight_field if isinstance(config, DpoConfig) else None
 
 
 def read_items(
-    data: DataSection, tokenizer: Any, kind: Kind, say: Callable[[str], None] = lambda line: None
+    data: DataSection,
+    tokenizer: Any,
+    kind: Kind,
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    weight_field: str | None = None,
 ) -> tuple[list[Item], list[str]]:
     """Every item of `data.path`, tokenised, and a line per path about what was cut and left out (also given to `say`).
 
@@ -33,11 +50,16 @@ def read_items(
     items: list[Item] = []
     lines: list[str] = []
     for path in data.path:
+        found: Counted[Item]
         if kind == "sft":
             sft = read_records(path, "sft", on_error=data.on_error)
             skipped, found = sft.skipped, sft_items(sft, tokenizer, template, data.max_length, on_error=data.on_error)
+        elif kind == "labelled":
+            single = read_records(path, "labelled", on_error=data.on_error, weight_field=weight_field)
+            skipped = single.skipped
+            found = labelled_items(single, tokenizer, template, data.max_length, on_error=data.on_error)
         else:
-            pairs = read_records(path, "preference", on_error=data.on_error)
+            pairs = read_records(path, "preference", on_error=data.on_error, weight_field=weight_field)
             skipped = pairs.skipped
             found = preference_items(pairs, tokenizer, template, data.max_length, on_error=data.on_error)
         items += found
@@ -54,9 +76,8 @@ def preview(config: SftConfig | DpoConfig | RewardModelConfig, *, rows: int, out
         RecordError, MaskProofError: as `read_items`.
         ValueError: no sample is left to train on.
     """
-    kind: Kind = "sft" if isinstance(config, SftConfig) else "preference"
     tokenizer = load_tokenizer(config.model.path)
-    items, lines = read_items(config.data, tokenizer, kind)
+    items, lines = read_items(config.data, tokenizer, kind_of(config), weight_field=weight_field_of(config))
     if not items:
         raise ValueError(f"{', '.join(config.data.path)}: no sample is left to train on ({'; '.join(lines)})")
     target = output or Path(config.run.dir or config.run.root) / "masks.html"

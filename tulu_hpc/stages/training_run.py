@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.config.layer_spec import row_step
@@ -28,10 +27,10 @@ from tulu_hpc.models.transformer_engine import check_layers
 from tulu_hpc.parallel.communication import timed_collectives
 from tulu_hpc.parallel.failures import WriteFailures, shared_writing
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
-from tulu_hpc.stages.throughput import STRAGGLERS, Throughput, total_peak
-from tulu_hpc.stages.training_data import read_items, write_preview
+from tulu_hpc.stages.throughput import Throughput, open_stragglers, total_peak
+from tulu_hpc.stages.training_data import kind_of, read_items, weight_field_of, write_preview
 from tulu_hpc.telemetry.files import write_atomically
-from tulu_hpc.telemetry.metrics import MetricLogger, TelemetryError, truncate_after
+from tulu_hpc.telemetry.metrics import MetricLogger, TelemetryError
 from tulu_hpc.telemetry.profiling import StepProfiler
 from tulu_hpc.telemetry.progress import Progress
 from tulu_hpc.training import checkpoint, determinism
@@ -127,9 +126,7 @@ def read_architecture(model: ModelSection) -> Architecture:
     return found
 
 
-def load_items(
-    run: Run, kind: Literal["sft", "preference"], paths: Sequence[str] | None = None
-) -> tuple[list[Item], int]:
+def load_items(run: Run, paths: Sequence[str] | None = None) -> tuple[list[Item], int]:
     """Every item of `paths` (None: `data.path`), tokenised, and the token that pads packs.
 
     Raises:
@@ -138,8 +135,8 @@ def load_items(
     """
     tokenizer = load_tokenizer(run.config.model.path, run.architecture.vocab_size)
     data = run.config.data if paths is None else run.config.data.model_copy(update={"path": list(paths)})
-    items, lines = read_items(data, tokenizer, kind, run.say)
     assert not isinstance(run.config, RlvrConfig)  # has prompts, not items
+    items, lines = read_items(data, tokenizer, kind_of(run.config), run.say, weight_field=weight_field_of(run.config))
     rows = run.config.train.preview_rows
     if items and rows and paths is None:
         title, readout = f"{run.config.run.name}: what is trained", run.verb == "rm"
@@ -232,17 +229,18 @@ def fit(
     interval = 0.0 if total <= 20 else None
     progress = Progress(run.verb, total, start=trainer.step, enabled=main, interval=interval)
     stop = StopRequest(run.directory.stop_requested, run.directory.preempted, is_main=main)
+    failures = WriteFailures(run.groups)
     profiler = StepProfiler(
         run.directory.root,
         run.groups.rank,
         profile_steps=telemetry.profile_steps,
         memory_snapshot_steps=telemetry.memory_snapshot_steps,
+        writing=failures.writing,
     )
     clock = trainer.clock
     throughput = _throughput(run, trainer)
     saver = make_saver(run, trainer)
     samples = open_sample_log(run, loader, trainer.step)
-    failures = WriteFailures(run.groups)
     with logger, progress, stop, saver, timed_collectives(clock), samples:
         while trainer.step < total:
             with profiler.step(trainer.step + 1):
@@ -344,9 +342,7 @@ def _throughput(run: Run, trainer: Trainer) -> Throughput:
         architecture = architecture.model_copy(update={"vocab_size": 1})  # what its head computes per row
     peak, sentence = total_peak(run.groups, DTYPES[run.config.model.dtype], telemetry.peak_tflops)
     run.say(sentence)
-    with shared_writing(run.groups, str(run.directory.root / STRAGGLERS), also=(TelemetryError,)):
-        if run.groups.is_main:
-            truncate_after(run.directory.root / STRAGGLERS, trainer.step)
+    open_stragglers(run.groups, run.directory.root, trainer.step)
     return Throughput(
         groups=run.groups,
         architecture=architecture,

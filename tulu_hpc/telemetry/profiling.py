@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from tulu_hpc.telemetry.metrics import TelemetryError
@@ -21,6 +22,8 @@ class StepProfiler:
     Args:
         directory: of the run.
         profile_steps, memory_snapshot_steps: counted from 1.
+        writing: wraps the writing of the file that it is given the name of; may keep an OSError for later, so that one
+            rank does not stop alone.
 
     Raises:
         TelemetryError: memory snapshots were asked for without a GPU, whose allocator is what records them.
@@ -33,6 +36,7 @@ class StepProfiler:
         *,
         profile_steps: Collection[int] = (),
         memory_snapshot_steps: Collection[int] = (),
+        writing: Callable[[str], AbstractContextManager[None]] = lambda what: nullcontext(),
     ) -> None:
         import torch
 
@@ -42,6 +46,7 @@ class StepProfiler:
                 "telemetry.profile_steps works everywhere"
             )
         self._directory, self._rank = directory / DIRECTORY, rank
+        self._writing = writing
         self._profile, self._memory = frozenset(profile_steps), frozenset(memory_snapshot_steps)
 
     @contextmanager
@@ -60,8 +65,12 @@ class StepProfiler:
 
         with profile(activities=list(supported_activities())) as profiler:
             yield
-        self._directory.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(self._directory / f"step_{number}_rank_{self._rank}.json"))
+        path = self._directory / f"step_{number}_rank_{self._rank}.json"
+        with self._writing(str(path)):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            profiler.export_chrome_trace(str(path))
+            _require_whole(path)
 
     @contextmanager
     def _memory_history(self, number: int) -> Iterator[None]:
@@ -70,7 +79,22 @@ class StepProfiler:
         memory._record_memory_history(max_entries=_MOST_ALLOCATIONS)
         try:
             yield
-            self._directory.mkdir(parents=True, exist_ok=True)
-            memory._dump_snapshot(str(self._directory / f"memory_step_{number}_rank_{self._rank}.pickle"))
+            path = self._directory / f"memory_step_{number}_rank_{self._rank}.pickle"
+            with self._writing(str(path)):
+                self._directory.mkdir(parents=True, exist_ok=True)
+                memory._dump_snapshot(str(path))
         finally:
             memory._record_memory_history(enabled=None)
+
+
+def _require_whole(path: Path) -> None:
+    """torch says on the error stream that it cannot write a trace, and goes on.
+
+    Raises:
+        OSError: there is no file, or its end is missing.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 16))
+        if not file.read().rstrip().endswith(b"}"):
+            raise OSError(f"{path} was not written to its end (disk full?)")

@@ -1,4 +1,4 @@
-"""One number per answer of a pair, by forward passes alone: sums of log-probs, or scores of a reward model."""
+"""One number per answer of an item, by forward passes alone: sums of log-probs, or scores of a reward model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tulu_hpc.data.packed_batch import Item, PackedBatch, rows_of
 from tulu_hpc.objectives.terms import sequence_sums
 from tulu_hpc.training.runner import Runner, row_multiple
 
-Sums = tuple[float, float]  # of (chosen, rejected)
+Sums = tuple[float, ...]  # one per answer: (chosen, rejected) of a pair
 
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How pairs are packed for the forward passes (as in training)."""
+    """How items are packed for the forward passes (as in training)."""
 
     pack_rows: int
     share: bool = True
@@ -27,7 +27,7 @@ class PackOptions:
 
 
 def item_key(item: Item) -> str:
-    """Content hash of a pair: prompt, responses and which of their tokens are scored."""
+    """Content hash of an item: prompt, responses and which of their tokens are scored."""
     digest = xxhash.xxh3_128()
     for part in (item.prompt, *(response.tokens for response in item.responses)):
         _update(digest, part)
@@ -48,7 +48,7 @@ def compute_sums(
     options: PackOptions,
     read: Callable[[Sequence[PackedBatch]], list[Tensor]] | None = None,
 ) -> dict[str, Sums]:
-    """Sums of the log-probs of both responses of each pair, on every rank; data-parallel ranks share the work.
+    """Sums of the log-probs of each response of each item, on every rank; data-parallel ranks share the work.
 
     Args:
         read: what is summed over the targets of a response instead, e.g. `runner.values`.
@@ -66,11 +66,13 @@ def compute_sums(
     )
     mine: dict[str, Sums] = {}
     for pack, values_K in zip(packs, (read or runner.logprobs)(packs), strict=True):
-        mine.update(_pair_sums(pack, values_K))
+        mine.update(_sums_of_items(pack, values_K))
     return {key: sums for part in groups.all_gather_object(mine) for key, sums in part.items()}
 
 
-def _pair_sums(pack: PackedBatch, values_K: Tensor) -> Iterable[tuple[str, Sums]]:
-    sums_Q = sequence_sums(values_K, pack.sequence_id_K.to(values_K.device), pack.num_sequences).cpu()
-    pairs = [(chosen, rejected) for chosen, rejected in sums_Q[pack.pairs_P2.cpu()].tolist()]
-    return zip(pack.item_ids, pairs, strict=True)
+def _sums_of_items(pack: PackedBatch, values_K: Tensor) -> Iterable[tuple[str, Sums]]:
+    sums_Q = sequence_sums(values_K, pack.sequence_id_K.to(values_K.device), pack.num_sequences).tolist()
+    answers: list[list[float]] = [[] for _ in pack.item_ids]
+    for item, value in zip(pack.per_sequence["item"].tolist(), sums_Q, strict=True):
+        answers[item].append(value)
+    return zip(pack.item_ids, map(tuple, answers), strict=True)

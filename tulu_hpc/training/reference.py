@@ -64,7 +64,9 @@ def attach_reference(
     chunk_items: int = 1024,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Item]:
-    """The pairs with column `reference_logprobs`; computes what the cache lacks. Collective.
+    """The items (pairs, or sequences with a prompt) with column `reference_logprobs`; computes what the cache lacks.
+
+    Collective.
 
     Args:
         runner: holds the reference model (DPO: the policy before its first step).
@@ -92,7 +94,7 @@ def attach_reference(
         on_progress(len(known) + min(start + chunk_items, len(missing)))
     columns = (rows[item_key(item)] for item in items)
     return [
-        replace(item, per_sequence={**item.per_sequence, COLUMN: list(sums)})
+        replace(item, per_sequence={**item.per_sequence, COLUMN: list(sums[: len(item.responses)])})
         for item, sums in zip(items, columns, strict=True)
     ]
 
@@ -143,9 +145,10 @@ def _verify(
     chosen = random.Random(seed).sample(known, min(count, len(known)))
     absolute, relative = tolerance
     for key, fresh in compute_sums({key: keyed[key] for key in chosen}, runner, options).items():
-        for kind, old, new in zip(("chosen", "rejected"), rows[key], fresh, strict=True):
+        names = ("the chosen response", "the rejected response") if len(fresh) == 2 else ("the response",)
+        for name, old, new in zip(names, rows[key][: len(fresh)], fresh, strict=True):
             if not abs(old - new) <= absolute + relative * abs(new):
                 raise ReferenceError(
-                    f"reference cache: the {kind} response of pair {keyed[key].id!r} has log-prob {old:.6f} on disk, "
+                    f"reference cache: {name} of {keyed[key].kind} {keyed[key].id!r} has log-prob {old:.6f} on disk, "
                     f"the reference model says {new:.6f}; the cache was made by other code or settings: delete it"
                 )

@@ -29,7 +29,7 @@ class ReferenceCache:
     """Rows of one reference model on disk. Only the main process reads and writes.
 
     Attributes:
-        rows: key of the pair -> (chosen, rejected) sums.
+        rows: key of the item -> (chosen, rejected) sums; an answer without a partner has 0 for the second.
     """
 
     def __init__(self, directory: Path, fingerprint: str) -> None:
@@ -55,7 +55,7 @@ class ReferenceCache:
         """Write rows as a new shard, in one atomic step: a kill leaves it whole or not at all."""
         self.directory.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
-        np.save(buffer, np.array([(key.encode(), *sums) for key, sums in rows.items()], ROW))
+        np.save(buffer, np.array([(key.encode(), *(*sums, 0.0)[:2]) for key, sums in rows.items()], ROW))
         content = buffer.getvalue()
         name = f"shard_{self._next:06d}_{xxhash.xxh3_128_hexdigest(content)}.npy"
         partial = self.directory / f".{name}.{os.getpid()}"

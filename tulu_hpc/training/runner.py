@@ -26,6 +26,8 @@ from tulu_hpc.objectives.terms import Terms
 from tulu_hpc.parallel.context import RankBatch, Split, rank_batch
 from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.layout import Groups, Layout
+from tulu_hpc.telemetry.step_clock import StepClock
+from tulu_hpc.training.timing import watch_schedule
 
 # What the last stage returned (TokenLogprobs, or RowValues of a scalar head) and its micro-batch -> their terms.
 LossFn = Callable[[Any, RankBatch], Terms]
@@ -81,6 +83,10 @@ class Runner:
             # that are each other's previous AND next stage get wrong; this is also the mode that overlaps.
             self._config.batch_p2p_comm, self._config.overlap_p2p_comm = False, True
         self._p2p = P2PCommunicator(self.groups.pg.pp, self._config) if layout.pipeline > 1 else None
+
+    def use_clock(self, clock: StepClock) -> None:
+        """Tell this clock when a micro-batch is computed forward and backward."""
+        watch_schedule(self._config, clock)
 
     def prepare(self, packs: Sequence[PackedBatch]) -> list[RankBatch]:
         """This rank's part of each pack. The interleaved schedule needs whole groups of micro-batches, and every

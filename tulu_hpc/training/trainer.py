@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer
-from megatron.core.utils import get_model_config
 from torch import nn
 
 from tulu_hpc.config.architecture import Architecture
@@ -26,7 +25,6 @@ from tulu_hpc.training.optimizer import build_optimizer
 from tulu_hpc.training.runner import Runner
 from tulu_hpc.training.schedule import Schedule
 from tulu_hpc.training.spike import SpikeGuard
-from tulu_hpc.training.timing import watch_schedule
 from tulu_hpc.training.weights import load_pretrained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,7 +54,12 @@ class Trainer:
     metric_names: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        watch_schedule(get_model_config(self.chunks[0]), self.clock)
+        self.runner.use_clock(self.clock)
+
+    def use_clock(self, clock: StepClock) -> None:
+        """Tell this clock what a step does, e.g. one that several trainers share."""
+        self.clock = clock
+        self.runner.use_clock(clock)
 
     @property
     def models(self) -> list[Any]:
