@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.models.attention import CoreAttention, LlamaAttention
+from tulu_hpc.models.cpu_linear import CpuColumnLinear, CpuRowLinear
 from tulu_hpc.models.llama import Llama
 from tulu_hpc.models.norm import RMSNorm
 from tulu_hpc.models.scalar_head import Head
@@ -214,10 +215,15 @@ def build_model(
     if transformer_engine is not None and device.type == "meta":  # these layers are given their device
         config.use_cpu_initialization, config.init_model_with_meta_device = False, True
     split = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    split |= {CpuColumnLinear: 0, CpuRowLinear: 1}
     norm: type = RMSNorm
     if transformer_engine is None:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        if device.type == "cpu":
+            mlp, attention = layer.submodules.mlp.submodules, layer.submodules.self_attention.submodules
+            mlp.linear_fc1 = attention.linear_qkv = CpuColumnLinear
+            mlp.linear_fc2 = attention.linear_proj = CpuRowLinear
     else:
         layer, norm, theirs = layers()
         split |= theirs
