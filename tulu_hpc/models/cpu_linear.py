@@ -1,6 +1,6 @@
 """megatron's linear layers with oneDNN's matrix products, for fp32 on a CPU.
 
-torch multiplies fp32 matrices by MKL, which runs at half of the speed of an AMD processor with AVX-512; oneDNN does not.
+torch multiplies fp32 matrices by MKL, which runs at half of the speed of an AMD processor with AVX-512; not so oneDNN.
 Weight gradients are added to megatron's gradient buffer where it is fp32, without a tensor in between that autograd
 would have to add.
 
