@@ -67,7 +67,8 @@ def sample_answers(
             start = generator.randint(0, len(text) - size)
             responses.append(TokenSequence(torch.tensor(text[start : start + size])))
         sizes = [len(each) for each in responses]
-        advantages = [[generator.gauss(0, 1) for _ in range(size)] for size in sizes]
+        # Of both signs, but not 0 on average: the loss of the batch must not be what a cancellation leaves.
+        advantages = [[generator.gauss(0.5, 1) for _ in range(size)] for size in sizes]
         per_token = {"advantages": [torch.tensor(each) for each in advantages]}
         by_token = config.rlvr.kind == "ppo"
         items.append(
