@@ -105,11 +105,11 @@ def _all_rows(x: Tensor, sequence_parallel: bool, group: dist.ProcessGroup | Non
     return gathered
 
 
-def _accumulate(weight: Any, grad_OI: Tensor) -> Tensor | None:
-    """What autograd shall have as the weight's gradient, which is the given one where megatron keeps no fp32 sums."""
+def _accumulate(weight: Any, grad_OI: Tensor) -> Tensor:
+    """Adds to megatron's sums where they are fp32; autograd gets the gradient in any case."""
     total = getattr(weight, "main_grad", None)
     if total is None or total.dtype != grad_OI.dtype:
         return grad_OI
     total.add_(grad_OI)
     weight.grad_added_to_main_grad = True  # megatron's hook then leaves the gradient below alone
-    return torch.empty_like(grad_OI)  # it must exist when reductions overlap; nobody reads or writes its memory
+    return grad_OI  # it must exist when reductions overlap, and hooks on the weight read it
