@@ -18,7 +18,7 @@ from tests.rlvr import tiny_rlvr
 from tests.rlvr.tiny_rlvr import metrics, rlvr_config
 from tulu_hpc.config.schema import RlvrConfig
 from tulu_hpc.rollout.server import Server
-from tulu_hpc.stages import rlvr, rlvr_ahead, rlvr_rollouts, served
+from tulu_hpc.stages import rlvr, rlvr_ahead, rlvr_rollouts
 from tulu_hpc.stages.rlvr_buffer import Journal, journals
 
 pytestmark = [real.needs_vllm, pytest.mark.timeout(450)]
@@ -115,15 +115,7 @@ def test_wrong_weights_are_noticed(inputs: Path, server: Server, tmp_path: Path)
     """No sample of step 2 was drawn by the weights that it trains; the gate has the engine score some with them."""
 
     def stage(config: RlvrConfig) -> None:
-        stream, calls = served.iter_hf_tensors, 0
-
-        def wrong(*args: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            for name, tensor in stream(*args):
-                yield name, tensor * 1.05 if calls == 2 and name == "lm_head.weight" else tensor
-
-        served.iter_hf_tensors = wrong
+        real.send_wrong_weights(lambda call: call == 2)
         _always_learn(config)
 
     config = config_of(inputs, tmp_path / "run", vllm={"servers": [str(server.address)], "probe_seconds": 60.0})

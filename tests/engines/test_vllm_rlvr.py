@@ -97,15 +97,7 @@ def _wrong_sending(times: int, parameter: str = "lm_head.weight") -> Any:
     """Weights that are not the trainer's, the first `times` times."""
 
     def stage(config: RlvrConfig) -> None:
-        stream, calls = served.iter_hf_tensors, 0
-
-        def wrong(*args: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            for name, tensor in stream(*args):
-                yield name, tensor * 1.05 if calls <= times and name == parameter else tensor
-
-        served.iter_hf_tensors = wrong
+        real.send_wrong_weights(lambda call: call <= times, parameter)
         _always_learn(config)
 
     return stage

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tulu_hpc.data.tokenizer import load_tokenizer
 from tulu_hpc.models.initialise import random_hf_model
 from tulu_hpc.rollout.engine import Completion, Request
 from tulu_hpc.rollout.server import Server, ServerOptions
+from tulu_hpc.stages import served
 
 PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
 
@@ -118,3 +119,16 @@ def largest_difference(model: Any, asked: Sequence[Request], found: Sequence[Com
         ours = logprobs(model, request.token_ids, completion.token_ids, temperature)
         worst = max(worst, float((ours - theirs).abs().max()))
     return worst
+
+
+def send_wrong_weights(is_wrong: Callable[[int], bool], parameter: str = "lm_head.weight") -> None:
+    """From here on, in this (forked) process, this parameter is not the trainer's in the updates of these numbers."""
+    stream, calls = served.iter_hf_tensors, 0
+
+    def wrong(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        for name, tensor in stream(*args):
+            yield name, tensor * 1.05 if is_wrong(calls) and name == parameter else tensor
+
+    served.iter_hf_tensors = wrong

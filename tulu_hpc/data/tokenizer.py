@@ -52,6 +52,12 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Any:
     return tokenizer
 
 
+def padding_id(tokenizer: Any) -> int:
+    """The token that pads packs; which one does not matter, as its rows are not read."""
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(pad_id or 0)
+
+
 def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int,

@@ -23,7 +23,7 @@ from tulu_hpc.config.verbs import TrainingConfig
 from tulu_hpc.data.loader import ItemLoader, StepData
 from tulu_hpc.data.packed_batch import Item
 from tulu_hpc.data.readout import with_readout
-from tulu_hpc.data.tokenizer import load_tokenizer
+from tulu_hpc.data.tokenizer import load_tokenizer, padding_id
 from tulu_hpc.diagnostics import compare, hugging_face
 from tulu_hpc.diagnostics.certificate import Certificate, Check, Difference
 from tulu_hpc.diagnostics.hugging_face import Truth
@@ -167,9 +167,9 @@ def sample(run: Run, config: AuditedConfig, rows: int, max_tokens: int) -> tuple
     These are drawn, not computed: a policy beside itself would have a loss that many faults leave alone.
     """
     tokenizer = load_tokenizer(config.model.path, run.architecture.vocab_size)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad_id = padding_id(tokenizer)
     if isinstance(config, RlvrConfig):
-        return audit_rlvr.sample_answers(config, tokenizer, rows, max_tokens, run.say), int(pad_id or 0)
+        return audit_rlvr.sample_answers(config, tokenizer, rows, max_tokens, run.say), pad_id
     short = config.data.model_copy(update={"max_length": min(config.data.max_length, max_tokens)})
     items, _ = read_items(short, tokenizer, kind_of(config), run.say, weight_field=weight_field_of(config))
     generator = random.Random(config.run.seed)
@@ -181,7 +181,7 @@ def sample(run: Run, config: AuditedConfig, rows: int, max_tokens: int) -> tuple
             item.per_sequence[reference.COLUMN] = [-n * generator.uniform(1.0, 3.0) for n in lengths]
     if isinstance(config, RewardModelConfig):
         named = [with_readout(item) for item in named]
-    return named, int(pad_id or 0)
+    return named, pad_id
 
 
 def one_process_truth(run: Run, config: AuditedConfig, items: Sequence[Item]) -> Truth:

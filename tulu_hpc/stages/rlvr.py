@@ -13,7 +13,7 @@ from typing import Any
 
 from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.schema import RlvrConfig
-from tulu_hpc.data.tokenizer import load_tokenizer
+from tulu_hpc.data.tokenizer import load_tokenizer, padding_id
 from tulu_hpc.models.llama import Llama
 from tulu_hpc.parallel.communication import timed_collectives
 from tulu_hpc.parallel.failures import WriteFailures
@@ -29,7 +29,6 @@ from tulu_hpc.stages.rollouts import load_prompts, open_engine, open_verifiers, 
 from tulu_hpc.stages.served import ServedEngine, check_served, start_servers
 from tulu_hpc.stages.throughput import open_stragglers, total_peak
 from tulu_hpc.stages.training_run import Run
-from tulu_hpc.telemetry.profiling import StepProfiler
 from tulu_hpc.telemetry.progress import Progress
 from tulu_hpc.training import checkpoint
 from tulu_hpc.training.preemption import StopRequest
@@ -109,7 +108,6 @@ def build(run: Run, config: RlvrConfig, stack: ExitStack) -> Learner:
             strategy=config.model.attention_strategy,
         )
     sample_as_rollouts(config, [*trainer.models, *(reference.chunks if reference else [])])
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     engine: EmbeddedEngine | ServedEngine
     if served is None:
         engine = open_engine(config.rollout, trainer.models, run.groups, run.architecture, tokenizer)
@@ -126,7 +124,7 @@ def build(run: Run, config: RlvrConfig, stack: ExitStack) -> Learner:
         prompts=prompts,
         sampling=sampling_of(config.rollout, tokenizer, config.model.path),
         tokenizer=tokenizer,
-        pad_id=int(pad_id or 0),
+        pad_id=padding_id(tokenizer),
         throughput=open_throughput(run, config, trainer, reference, value),
         value=value,
     )
@@ -200,14 +198,7 @@ def fit(learner: Learner, first: int, ahead: Ahead | None) -> None:
     progress = Progress("rlvr", train.steps, start=first, enabled=main, interval=0.0 if train.steps <= 20 else None)
     stop = StopRequest(run.directory.stop_requested, run.directory.preempted, is_main=main)
     saver = training_run.make_saver(run, learner.trainer, learner.partners)
-    telemetry = config.telemetry
-    profiler = StepProfiler(
-        run.directory.root,
-        run.groups.rank,
-        profile_steps=telemetry.profile_steps,
-        memory_snapshot_steps=telemetry.memory_snapshot_steps,
-        writing=failures.writing,
-    )
+    profiler = training_run.open_profiler(run, failures)
     open_stragglers(run.groups, run.directory.root, first)
     with logger, progress, stop, saver, timed_collectives(learner.trainer.clock):
         for step in range(first + 1, train.steps + 1):

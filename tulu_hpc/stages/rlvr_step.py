@@ -28,11 +28,11 @@ from tulu_hpc.stages.rlvr_throughput import (
     Figures,
     ModelPhase,
     forward_figures,
-    of_value_model,
     trained_figures,
 )
 from tulu_hpc.stages.rlvr_values import Experience
 from tulu_hpc.stages.rollouts import LOSSES, is_replica_leader, lost_verdicts
+from tulu_hpc.stages.throughput import of_value_model
 from tulu_hpc.training.normalisation import global_counts
 from tulu_hpc.training.step import StepResult, train_step
 

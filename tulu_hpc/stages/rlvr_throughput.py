@@ -70,11 +70,6 @@ def trained_figures(architecture: Architecture, results: Iterable[StepResult], r
     return Figures(work.rows, sum(each.targets for each in results), useful, done)
 
 
-def of_value_model(architecture: Architecture) -> Architecture:
-    """The shape with the head that a value model computes: one number per row."""
-    return architecture.model_copy(update={"vocab_size": 1})
-
-
 @dataclass
 class RolloutThroughput:
     """Times the phases of a step and tells its figures; one per process.

@@ -153,6 +153,13 @@ def open_engine(
     return EmbeddedEngine(chunks, groups, architecture, tokenizer, rollout.max_sequences)
 
 
+def say_incidents(groups: Groups, incidents: Sequence[str], say: Callable[[str], None]) -> None:
+    """Print what went wrong at the engines and was made good, of all ranks. Collective."""
+    for found in groups.all_gather_object(list(incidents)):
+        for incident in found:
+            say(f"rollout: {incident}")
+
+
 def is_replica_leader(groups: Groups) -> bool:
     """Whether this process speaks for its model replica."""
     return groups.tp_rank == 0 and groups.pp_rank == 0 and groups.cp_rank == 0

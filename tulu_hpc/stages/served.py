@@ -28,7 +28,7 @@ from tulu_hpc.rollout.nccl_sync import NOT_RUN, NcclChannel
 from tulu_hpc.rollout.server import GLOO_BACKEND, NCCL_BACKEND, Server, ServerOptions, check_private
 from tulu_hpc.rollout.vllm import VllmEngine, logprobs_mode_for, logprobs_problem
 from tulu_hpc.rollout.weight_sync import Channel
-from tulu_hpc.stages.rollouts import broadcast_in_replica, is_replica_leader
+from tulu_hpc.stages.rollouts import broadcast_in_replica, is_replica_leader, say_incidents
 from tulu_hpc.stages.training_run import Run
 from tulu_hpc.training.trainer import DTYPES, Trainer
 
@@ -188,15 +188,7 @@ class ServedEngine:
         if self.is_behind:
             self.send_weights()
         done: dict[int, Completion] = {}
-        for _ in range(_ATTEMPTS):
-            lost = self._everywhere(lambda: self._generate(requests, done), is_replica_leader(self.groups))
-            if not lost:
-                break
-            self.run.say(f"rollout servers lost: {lost}")
-            self.send_weights()
-        else:
-            logs = f"; see {self.run.directory.root / 'rollout'}" if not self.config.rollout.vllm.servers else ""
-            raise EngineError(f"rollout servers were lost {_ATTEMPTS} times in one step{logs}: {lost}")
+        self._persist(lambda: self._generate(requests, done), is_replica_leader(self.groups))
         self.say_incidents()
         leader = is_replica_leader(self.groups)
         ordered = [done[index] for index in range(len(requests))] if leader else None
@@ -214,11 +206,24 @@ class ServedEngine:
         done.update({missing[place]: completion for place, completion in found.items()})
         return lost
 
+    def _persist(self, ask: Callable[[], str | None], mine: bool) -> None:
+        """Call `ask` where it is `mine`, until it does not say that servers were lost; they are replaced in between.
+
+        Raises:
+            EngineError: on every rank.
+        """
+        for _ in range(_ATTEMPTS):
+            lost = self._everywhere(ask, mine)
+            if not lost:
+                return
+            self.run.say(f"rollout servers lost: {lost}")
+            self.send_weights()
+        logs = f"; see {self.run.directory.root / 'rollout'}" if not self.config.rollout.vllm.servers else ""
+        raise EngineError(f"rollout servers were lost {_ATTEMPTS} times in one step{logs}: {lost}")
+
     def say_incidents(self) -> None:
         """Print what went wrong on the way to the completions and was made good, of all replicas."""
-        for incidents in self.groups.all_gather_object(self.client.take_incidents()):
-            for incident in incidents:
-                self.run.say(f"rollout: {incident}")
+        say_incidents(self.groups, self.client.take_incidents(), self.run.say)
 
     def score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """See `VllmEngine.score`; the same on every rank. Servers that are lost on the way are replaced.
@@ -235,13 +240,8 @@ class ServedEngine:
                 return str(error)
             return None
 
-        for _ in range(_ATTEMPTS):
-            lost = self._everywhere(ask, self.groups.is_main)
-            if not lost:
-                return list(self.groups.broadcast_object(scores[0] if scores else None))
-            self.run.say(f"rollout servers lost: {lost}")
-            self.send_weights()
-        raise EngineError(f"rollout servers were lost {_ATTEMPTS} times in one step: {lost}")
+        self._persist(ask, self.groups.is_main)
+        return list(self.groups.broadcast_object(scores[0] if scores else None))
 
     def send_weights(self) -> None:
         """Give the servers the trainer's weights as `version`; servers of ours that are dead are started again.

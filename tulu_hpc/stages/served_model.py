@@ -23,7 +23,7 @@ from tulu_hpc.rollout.http import Address
 from tulu_hpc.rollout.server import Server, ServerOptions, check_private
 from tulu_hpc.rollout.vllm import VllmEngine
 from tulu_hpc.stages.model_source import OpenModel
-from tulu_hpc.stages.rollouts import broadcast_in_replica, is_replica_leader, open_engine
+from tulu_hpc.stages.rollouts import broadcast_in_replica, is_replica_leader, open_engine, say_incidents
 from tulu_hpc.training.trainer import DTYPES
 
 _ATTEMPTS = 3  # at generating, each after restarting what has died
@@ -125,9 +125,7 @@ class ServedModel:
                 if problem is not None:
                     raise EngineError(problem)
             lost = next((found for found, _ in shares if found is not None), None)
-            for incidents in groups.all_gather_object(self.client.take_incidents()):
-                for incident in incidents:
-                    self.model.say(f"rollout: {incident}")
+            say_incidents(groups, self.client.take_incidents(), self.model.say)
             if lost is None:
                 ordered = [done[index] for index in range(len(requests))] if leader else None
                 return list(broadcast_in_replica(groups, ordered))

@@ -109,6 +109,11 @@ class Throughput:
         self._own = []
 
 
+def of_value_model(architecture: Architecture) -> Architecture:
+    """The shape with the head that a value model computes: one number per row."""
+    return architecture.model_copy(update={"vocab_size": 1})
+
+
 def open_stragglers(groups: Groups, directory: Path, step: int) -> None:
     """Keep the lines of a run's stragglers.jsonl up to `step`, where it goes on. Collective.
 

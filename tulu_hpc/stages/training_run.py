@@ -20,14 +20,14 @@ from tulu_hpc.data.flops import forward_flops, item_work
 from tulu_hpc.data.loader import ItemLoader, StepData
 from tulu_hpc.data.packed_batch import Item
 from tulu_hpc.data.sample_log import SampleAuditError, SampleLog
-from tulu_hpc.data.tokenizer import load_tokenizer
+from tulu_hpc.data.tokenizer import load_tokenizer, padding_id
 from tulu_hpc.models.convert import save_hf
 from tulu_hpc.models.scalar_head import Head
 from tulu_hpc.models.transformer_engine import check_layers
 from tulu_hpc.parallel.communication import timed_collectives
 from tulu_hpc.parallel.failures import WriteFailures, shared_writing
 from tulu_hpc.parallel.layout import Groups, initialize, layout_of
-from tulu_hpc.stages.throughput import Throughput, open_stragglers, total_peak
+from tulu_hpc.stages.throughput import Throughput, of_value_model, open_stragglers, total_peak
 from tulu_hpc.stages.training_data import kind_of, read_items, weight_field_of, write_preview
 from tulu_hpc.telemetry.files import write_atomically
 from tulu_hpc.telemetry.metrics import MetricLogger, TelemetryError
@@ -145,8 +145,7 @@ def load_items(run: Run, paths: Sequence[str] | None = None) -> tuple[list[Item]
                 write_preview(
                     run.directory.masks, items, tokenizer, title=title, rows=rows, lines=lines, readout=readout
                 )
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return items, int(pad_id or 0)
+    return items, padding_id(tokenizer)
 
 
 def make_loader(run: Run, items: list[Item], *, pad_id: int) -> ItemLoader:
@@ -222,7 +221,7 @@ def fit(
     Raises:
         Preempted: the run was asked to stop; its state is saved.
     """
-    train, telemetry, total = run.config.train, run.config.telemetry, loader.num_steps
+    train, total = run.config.train, loader.num_steps
     main = run.groups.is_main
     logger = open_logger(run, trainer.step)
     # A short run is one that somebody compares digit by digit: every step is shown.
@@ -230,13 +229,7 @@ def fit(
     progress = Progress(run.verb, total, start=trainer.step, enabled=main, interval=interval)
     stop = StopRequest(run.directory.stop_requested, run.directory.preempted, is_main=main)
     failures = WriteFailures(run.groups)
-    profiler = StepProfiler(
-        run.directory.root,
-        run.groups.rank,
-        profile_steps=telemetry.profile_steps,
-        memory_snapshot_steps=telemetry.memory_snapshot_steps,
-        writing=failures.writing,
-    )
+    profiler = open_profiler(run, failures)
     clock = trainer.clock
     throughput = _throughput(run, trainer)
     saver = make_saver(run, trainer)
@@ -335,11 +328,27 @@ def make_saver(run: Run, trainer: Trainer, partners: Sequence[Partner] = ()) -> 
     )
 
 
+def open_profiler(run: Run, failures: WriteFailures) -> StepProfiler:
+    """Traces and memory snapshots of the steps that `telemetry` names.
+
+    Raises:
+        TelemetryError: as `StepProfiler`.
+    """
+    telemetry = run.config.telemetry
+    return StepProfiler(
+        run.directory.root,
+        run.groups.rank,
+        profile_steps=telemetry.profile_steps,
+        memory_snapshot_steps=telemetry.memory_snapshot_steps,
+        writing=failures.writing,
+    )
+
+
 def _throughput(run: Run, trainer: Trainer) -> Throughput:
     """Accounting of this run from the trainer's step on."""
     telemetry, architecture = run.config.telemetry, run.architecture
     if trainer.models[0].head == "value":
-        architecture = architecture.model_copy(update={"vocab_size": 1})  # what its head computes per row
+        architecture = of_value_model(architecture)
     peak, sentence = total_peak(run.groups, DTYPES[run.config.model.dtype], telemetry.peak_tflops)
     run.say(sentence)
     open_stragglers(run.groups, run.directory.root, trainer.step)
