@@ -51,31 +51,6 @@ def test_equals_torch(gated: bool) -> None:
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-5, atol=5e-5)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_sums_into_megatrons_buffer(gated: bool) -> None:
-    """Twice, onto what is there; autograd's own gradient is then not looked at."""
-    x, weight, grad = draw(ROWS, 1, INPUTS * (1 + gated)), draw(OUTPUTS, INPUTS), draw(ROWS, 1, OUTPUTS)
-    plain = weight.clone().requires_grad_()
-    run(gated, x, plain).backward(grad)
-    assert plain.grad is not None
-    parameter = torch.nn.Parameter(weight)
-    start = draw(OUTPUTS, INPUTS)
-    parameter.main_grad, parameter.grad_added_to_main_grad = start.clone(), False  # type: ignore[attr-defined]
-    for _ in range(2):
-        run(gated, x, parameter).backward(grad)
-        parameter.grad = None
-    assert parameter.grad_added_to_main_grad  # type: ignore[attr-defined]
-    torch.testing.assert_close(parameter.main_grad, start + plain.grad + plain.grad)  # type: ignore[attr-defined]
-
-
-def test_leaves_a_buffer_of_lower_precision_to_megatron() -> None:
-    parameter = torch.nn.Parameter(draw(OUTPUTS, INPUTS))
-    parameter.main_grad = torch.zeros(OUTPUTS, INPUTS, dtype=torch.bfloat16)  # type: ignore[attr-defined]
-    run(False, draw(ROWS, 1, INPUTS), parameter).sum().backward()
-    assert not hasattr(parameter, "grad_added_to_main_grad")
-    assert parameter.grad is not None and not parameter.main_grad.any()  # type: ignore[attr-defined]
-
-
 def test_frozen_weight_keeps_no_activation() -> None:
     x = draw(ROWS, 1, INPUTS).requires_grad_()
     out = run(False, x, draw(OUTPUTS, INPUTS))

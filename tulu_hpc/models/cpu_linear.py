@@ -1,8 +1,7 @@
 """megatron's linear layers with oneDNN's matrix products, for fp32 on a CPU.
 
-torch multiplies fp32 matrices by MKL, which reaches half of the speed of an AMD processor with AVX-512; oneDNN all.
-Weight gradients are added to megatron's gradient buffer where it is fp32, without a tensor in between that autograd
-would have to add. The MLP keeps only what its first layer returned: the activation is made again in the backward pass.
+torch multiplies fp32 matrices by MKL, which reaches half of the speed of an AMD processor with AVX-512; oneDNN all. The
+MLP keeps only what its first layer returned: the activation is made again in the backward pass.
 
 Shapes: T rows (of this rank under sequence parallelism), I inputs, O outputs, F features of the MLP (of this
 tensor-parallel rank).
@@ -112,7 +111,7 @@ class _Linear(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             x_TI = _all_rows(x, sequence_parallel, group).flatten(0, -2)
-            grad_weight = _accumulate(weight_OI, _product(grad_TO.T, x_TI))
+            grad_weight = _product(grad_TO.T, x_TI)
         if pending is not None:
             pending.wait()
         return grad_x, grad_weight, None, None, None
@@ -132,7 +131,7 @@ class _GatedLinear(torch.autograd.Function):
         grad_both, activated_TF = gated.backward(both.flatten(0, -2), _product(grad_TO, weight_OF))
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = _accumulate(weight_OF, _product(grad_TO.T, activated_TF))
+            grad_weight = _product(grad_TO.T, activated_TF)
         return grad_both.view(both.shape), grad_weight
 
 
@@ -145,13 +144,3 @@ def _all_rows(x: Tensor, sequence_parallel: bool, group: dist.ProcessGroup | Non
         return x
     gathered: Tensor = tensor_parallel.gather_from_sequence_parallel_region(x, group=group)
     return gathered
-
-
-def _accumulate(weight: Any, grad_OI: Tensor) -> Tensor | None:
-    """What autograd shall have as the weight's gradient, which is the given one where megatron keeps no fp32 sums."""
-    total = getattr(weight, "main_grad", None)
-    if total is None or total.dtype != grad_OI.dtype:
-        return grad_OI
-    total.add_(grad_OI)
-    weight.grad_added_to_main_grad = True  # megatron's hook then leaves the gradient below alone
-    return torch.empty_like(grad_OI)  # it must exist when reductions overlap; nobody reads or writes its memory
