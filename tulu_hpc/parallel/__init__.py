@@ -1,7 +1,8 @@
 """Layout (tp, pp, vpp, cp, dp, sp), process groups, context-parallel split, and megatron-core on machines without CUDA.
 
 Importing this package prepares megatron-core for the CPU where there is no CUDA (see `cpu_compat`), and the C library
-for tensors there (`host_memory`); it does not import megatron-core itself. Every room that imports megatron therefore imports this package first (in its `__init__`).
+for tensors there (`host_memory`); it does not import megatron-core itself. Every room that imports megatron therefore
+imports this package first (in its `__init__`).
 """
 
 import warnings
