@@ -24,7 +24,7 @@ before = resident()
 tensors, pins = [], []
 for _ in range(10):
     tensors.append(torch.ones(2 * 2**20))  # 8 MiB
-    pins.append(torch.ones(64))  # above it, so that the heap cannot shrink
+    pins.append(torch.ones(2**17))  # above it, so that the heap cannot shrink
 tensors.clear()
 print(resident() - before)
 """
