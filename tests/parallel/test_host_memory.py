@@ -1,4 +1,4 @@
-"""Freed memory of large tensors goes back to the system, in a process of its own: the setting cannot be undone."""
+"""What is freed is not kept, in processes of their own: the settings cannot be undone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import sys
 import pytest
 import torch
 
-PROGRAM = """
+from tulu_hpc.kernels.linear_logprob import onednn
+
+RESIDENT = """
 import sys, torch
 if sys.argv[1] == "set":
     import tulu_hpc.parallel
@@ -17,7 +19,10 @@ if sys.argv[1] == "set":
 def resident():
     status = open("/proc/self/status").read()
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
-
+"""
+TENSORS = (
+    RESIDENT
+    + """
 big = torch.ones(7 * 2**20)  # unset, the C library learns from the first large one that is freed to keep such blocks
 del big
 before = resident()
@@ -28,13 +33,37 @@ for _ in range(10):
 tensors.clear()
 print(resident() - before)
 """
+)
 
 
-def growth(argument: str) -> float:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, argument], check=True, capture_output=True, text=True)
+PRODUCTS = (
+    RESIDENT
+    + """
+from tulu_hpc.kernels.linear_logprob import onednn
+rows, weight = torch.ones(400, 256), torch.ones(256, 512)
+onednn.product(rows, weight)
+before = resident()
+for count in range(40, 400):
+    onednn.product(rows[:count], weight)
+print(resident() - before)
+"""
+)
+
+
+def growth(program: str, argument: str) -> float:
+    done = subprocess.run([sys.executable, "-c", program, argument], check=True, capture_output=True, text=True)
     return float(done.stdout)
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or platform.libc_ver()[0] != "glibc", reason="a setting of glibc on CPUs")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or platform.libc_ver()[0] != "glibc", reason="settings for CPUs, one of them of glibc"
+)
+
+
 def test_only_what_lives_is_resident() -> None:
-    assert growth("set") < 20 < 60 < growth("leave")
+    assert growth(TENSORS, "set") < 20 < 60 < growth(TENSORS, "leave")
+
+
+@pytest.mark.skipif(not onednn.available(), reason="needs oneDNN")
+def test_products_of_many_shapes_are_not_kept() -> None:
+    assert growth(PRODUCTS, "set") < 0.5 * growth(PRODUCTS, "leave")

@@ -11,6 +11,7 @@ from tulu_hpc.parallel import cpu_compat, host_memory
 
 cpu_compat.install()
 host_memory.return_large_tensors()
+host_memory.bound_primitive_caches()
 # What megatron-core and torch's checkpoint code say about each other (a dozen lines per process), none of it about us.
 for _message in (
     "Transformer Engine and Apex are not installed",
