@@ -51,6 +51,22 @@ def test_equals_torch(gated: bool) -> None:
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-5, atol=5e-5)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_hooks_see_the_gradient(gated: bool) -> None:
+    """Also where megatron has a sum to add it to: the watch for NaN reads it there."""
+    x, weight, grad = draw(ROWS, 1, INPUTS * (1 + gated)), draw(OUTPUTS, INPUTS), draw(ROWS, 1, OUTPUTS)
+    parameter = torch.nn.Parameter(weight)
+    parameter.main_grad, parameter.grad_added_to_main_grad = torch.ones(OUTPUTS, INPUTS), False  # type: ignore[attr-defined]
+    seen: list[Tensor] = []
+    parameter.register_hook(lambda gradient: seen.append(gradient.clone()))
+    run(gated, x, parameter).backward(grad)
+    wide = weight.double().requires_grad_()
+    exact(gated, x.double(), wide).backward(grad.double())
+    assert wide.grad is not None and len(seen) == 1
+    torch.testing.assert_close(seen[0].double(), wide.grad, rtol=1e-5, atol=5e-5)
+    assert (parameter.main_grad == 1).all() and not parameter.grad_added_to_main_grad  # type: ignore[attr-defined]
+
+
 def test_frozen_weight_keeps_no_activation() -> None:
     x = draw(ROWS, 1, INPUTS).requires_grad_()
     out = run(False, x, draw(OUTPUTS, INPUTS))
