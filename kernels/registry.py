@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 USABLE = "usable"
 
@@ -61,7 +62,16 @@ def record(op: str, backend: str) -> None:
     _last[op] = backend
 
 
-@torch.compiler.assume_constant_result
+def constant(function: Callable[..., T]) -> Callable[..., T]:
+    """Tells torch.compile to call the function while it traces and to keep the answer.
+
+    torch.compiler.assume_constant_result, which does just this, imports the whole compiler: 90 MiB for every process.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
 def choose(op: str, requested: str | None, default: str) -> str:
     """The backend to run: the requested one, else that of TULU_HPC_<OP>_BACKEND, else `default`.
 

@@ -89,6 +89,16 @@ PYBIND11_MODULE(_core, module) {
     return tulu_gae_cpu(at<float>(rewards), at<float>(values), at<int64_t>(starts), at<float>(bootstrap), segments, gamma,
                         lambda, at<float>(advantages), at<float>(returns), threads);
   });
+  module.def("gated_forward_cpu", [](Address both, Address out, int64_t rows, int64_t width, int threads) {
+    py::gil_scoped_release release;
+    return tulu_gated_forward_cpu(at<float>(both), at<float>(out), rows, width, threads);
+  });
+  module.def("gated_backward_cpu", [](Address both, Address grad, Address grad_both, Address out, int64_t rows, int64_t width,
+                                      int threads) {
+    py::gil_scoped_release release;
+    return tulu_gated_backward_cpu(at<float>(both), at<float>(grad), at<float>(grad_both), at<float>(out), rows, width,
+                                   threads);
+  });
 #ifdef TULU_WITH_CUDA
   module.def("linear_logprob_forward_cuda",
              [](Address logits, int64_t ld, int64_t rows, int64_t cols, int64_t first, Address target, Address row_start,

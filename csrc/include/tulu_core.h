@@ -116,6 +116,11 @@ TULU_API int tulu_value_loss_cpu(const float* values, const float* old_values, c
 TULU_API int tulu_gae_cpu(const float* rewards, const float* values, const int64_t* starts, const float* bootstrap,
                           int64_t segments, float gamma, float lambda, float* advantages, float* returns, int threads);
 
+/* silu(gate) * up of rows [gate | up] of 2 * width; backward also makes `out` again. out [rows, width]. */
+TULU_API int tulu_gated_forward_cpu(const float* both, float* out, int64_t rows, int64_t width, int threads);
+TULU_API int tulu_gated_backward_cpu(const float* both, const float* grad, float* grad_both, float* out, int64_t rows,
+                                     int64_t width, int threads);
+
 #ifdef TULU_WITH_CUDA
 /* Device pointers; `stream` is a cudaStream_t of the current device. */
 TULU_API int tulu_linear_logprob_forward_cuda(const float* logits, int64_t ld, int64_t rows, int64_t cols, int64_t first,

@@ -53,9 +53,7 @@ def _put(target: Tensor, values_BNLD: Tensor, part: PaddedBatch) -> None:
 
 
 def _mask(part: PaddedBatch, dtype: torch.dtype) -> Tensor | None:
-    if part.mask is None:
-        return None
-    return torch.zeros(part.mask.shape, dtype=dtype).masked_fill_(~part.mask, -torch.inf)
+    return None if part.mask is None else part.mask.to(dtype)
 
 
 def call_forward(q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, scale: float, out: Tensor, lse: Tensor) -> None:

@@ -13,7 +13,7 @@ from tulu_hpc.kernels.packed_attention.parts import merge, sum_copies
 from tulu_hpc.kernels.packed_attention.plan import AttentionPlan, VarlenCall
 from tulu_hpc.kernels.packed_attention.providers import PROVIDERS, Capability, Provider, Selection
 from tulu_hpc.kernels.packed_attention.providers.base import common_refusal
-from tulu_hpc.kernels.registry import USABLE, BackendError
+from tulu_hpc.kernels.registry import USABLE, BackendError, constant
 
 NAME = "flash"
 NAMED = tuple(f"{NAME}:{each}" for each in PROVIDERS)
@@ -52,7 +52,7 @@ def select(dtype: torch.dtype, head_dim: int) -> Selection:
     return providers.select(dtype, head_dim, capability() or (0, 0), deterministic())
 
 
-@torch.compiler.assume_constant_result
+@constant
 def resolve(dtype: torch.dtype, head_dim: int) -> str:
     """The name of the backend with its library, such as "flash:fa3".
 

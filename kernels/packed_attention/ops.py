@@ -14,7 +14,7 @@ from tulu_hpc.kernels import triton_support
 from tulu_hpc.kernels.packed_attention import cpu, flash, reference, triton_backend
 from tulu_hpc.kernels.packed_attention.plan import AttentionPlan, plan_of, same_device
 from tulu_hpc.kernels.packed_attention.select import default, refusal
-from tulu_hpc.kernels.registry import USABLE, BackendError, choose, record, register
+from tulu_hpc.kernels.registry import USABLE, BackendError, choose, constant, record, register
 
 OP = "packed_attention"
 _BACKENDS: dict[str, Any] = {"reference": reference, "cpu": cpu, "triton": triton_backend, **flash.BACKENDS}
@@ -75,7 +75,7 @@ def packed_attention(
     return torch.ops.tulu_hpc.packed_attention(q_TND, k_MND, v_MND, plan.handle, scale, name)[0]
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _default_choice(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     choice = default(device_type, dtype, head_dim)
     if choice.warn:

@@ -4,6 +4,7 @@ Padding stands at the end of an entry: under a causal mask no real query sees a 
 zero gradient, so the padding changes nothing.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 _SIMILAR = 0.85
 # Entries with at least this many queries go alone: no copies of their rows.
 _LONG = 1024
+# The library computes all scores of up to 512 keys before it applies the causal mask. So segments are cut into entries
+# of this many queries and more, each with the keys that its last query sees.
+_BLOCK = 64
 
 
 @dataclass
@@ -27,7 +31,7 @@ class PaddedBatch:
     place: Tensor | None  # flat positions of the real queries in [B Lq]; None: all
     real_rows: Tensor | slice  # rows of q of the real queries
     causal: bool  # top-left causal, which is right when every entry has as many keys as queries
-    mask: Tensor | None  # else [Lq, Lk] bool, True = visible
+    mask: Tensor | None  # else [Lq, Lk] fp32 added to the scores: 0 or minus infinity
 
 
 def pad_entries(
@@ -42,7 +46,8 @@ def pad_entries(
     entries, q, k = [], query_start, 0
     for queries, keys in zip(query_lengths, key_lengths):
         # Entries share a batch only when they see equally many keys beyond their own (causal), or keys at all (dense).
-        entries.append((keys - queries if causal else keys, queries, q, k))
+        for first, stop in _blocks(queries) if causal else ((0, queries),):
+            entries.append((keys - queries + first if causal else keys, stop - first, q + first, k))
         q, k = q + queries, k + keys
     batches: list[PaddedBatch] = []
     group: list[tuple[int, int, int, int]] = []
@@ -54,6 +59,13 @@ def pad_entries(
     if group:
         batches.append(_batch(group, key_start, key_index, causal))
     return batches
+
+
+def _blocks(queries: int) -> Iterator[tuple[int, int]]:
+    """Ranges of _BLOCK queries; the last has the rest too."""
+    last = max(0, queries // _BLOCK - 1)
+    for number in range(last + 1):
+        yield number * _BLOCK, queries if number == last else (number + 1) * _BLOCK
 
 
 def _batch(
@@ -81,7 +93,7 @@ def _batch(
         place=real.nonzero()[:, 0] if padded else None,
         real_rows=query_rows[real] if padded else _as_slice(query_rows),
         causal=causal and not masked,
-        mask=torch.ones(longest, key_length, dtype=torch.bool).tril(left) if masked else None,
+        mask=torch.full((longest, key_length), -torch.inf).triu(left + 1) if masked else None,
     )
 
 

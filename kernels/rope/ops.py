@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tulu_hpc.kernels import triton_support
-from tulu_hpc.kernels.registry import USABLE, BackendError, choose, record, register
+from tulu_hpc.kernels.registry import USABLE, BackendError, choose, constant, record, register
 from tulu_hpc.kernels.rope import reference, triton_backend
 
 OP = "rope"
@@ -91,7 +91,7 @@ def _default(q_TND: Tensor) -> str:
     return _default_on_cuda()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _default_on_cuda() -> str:
     status = triton_support.status()
     if status != USABLE:

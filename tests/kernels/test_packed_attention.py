@@ -97,14 +97,31 @@ def test_fp32_and_bf16(strategy, head_dim):
 
 
 def test_long_and_padded_batches():
-    """Segments beyond the length at which they go alone, and several lengths in one padded batch."""
+    """Segments that are cut into blocks of queries, and several lengths in one padded batch."""
     lengths = [1100, 40, 39, 37, 36, 1, 1030]
     cu = [0, *itertools.accumulate(lengths)]
     plan = make_plan(cu, heads=2, kv_heads=1, head_dim=4)
     (call,) = plan.calls
     assert any(part.batch > 1 and part.place is not None for part in call.padded)
-    assert sum(part.batch for part in call.padded) == len(lengths)
+    assert sum(part.batch for part in call.padded) == sum(max(1, length // 64) for length in lengths)
     compare(plan, torch.float64, "cpu", 1e-12)
+
+
+@pytest.mark.parametrize("strategy", ["repeat", "merge"])
+def test_blocks_of_queries(strategy):
+    """Segments around the lengths at which a block is added, with and without a prefix; no block sees hidden keys."""
+    lengths = [130, 63, 64, 65, 127, 128, 129, 200]
+    cu = [0, *itertools.accumulate(lengths)]
+    for prefix in (None, [(0, 0)] + [(0, 130)] * 7):
+        plan = make_plan(cu, prefix, heads=2, kv_heads=1, head_dim=4, strategy=strategy)
+        compare(plan, torch.float64, "cpu", 1e-12)
+        compare(plan, torch.float32, "cpu", 1e-5)
+        causal = [part for part in plan.calls[0].padded if part.causal or part.mask is not None]
+        assert max(part.query_length for part in causal) < 128
+        computed = sum(part.batch * part.query_length * part.key_length for part in causal)
+        shown = sum(n * (n + 1) // 2 + (n * 130 if prefix and i and strategy == "repeat" else 0)
+                    for i, n in enumerate(lengths))  # fmt: skip
+        assert shown <= computed < 1.7 * shown
 
 
 def test_extreme_scores():

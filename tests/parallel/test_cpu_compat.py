@@ -125,3 +125,17 @@ def test_private_names_of_megatron_that_we_use_exist() -> None:
         assert hasattr(parts, name)
     assert hasattr(parts.self_attention.submodules, "core_attention")
     assert callable(megatron_random._set_cuda_rng_state)
+
+
+@without_cuda
+def test_training_imports_neither_triton_nor_the_compiler() -> None:
+    """In a new process: 90 MiB of every rank; triton itself can still be imported by who wants it."""
+    program = """
+import sys
+import tulu_hpc.stages.dpo, tulu_hpc.stages.sft
+assert "triton" not in sys.modules and "torch._dynamo" not in sys.modules
+import torch
+torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # imports torch's compiler
+assert "torch._dynamo" in sys.modules and "triton" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)

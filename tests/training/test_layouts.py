@@ -131,7 +131,8 @@ def test_recomputation_really_happens(tmp_path: Path, recompute: str, attention:
         trainer = tiny.make_trainer(tiny.write_model(tmp_path / "hf"), groups, ParallelSection(), recompute=recompute)
         for module in trainer.models[0].modules():
             if isinstance(module, (CoreAttention, MLP)):
-                module.register_forward_pre_hook(lambda module, _: calls.update([type(module).__name__]))
+                kind = "MLP" if isinstance(module, MLP) else "CoreAttention"
+                module.register_forward_pre_hook(lambda *_, kind=kind: calls.update([kind]))
         items = tiny.make_items("sp")
         packs = tiny.global_batch(items, groups, ParallelSection(), pack_rows=32).packs
         trainer.runner.forward_backward(trainer.runner.prepare(packs), tiny.sft_only(1.0))

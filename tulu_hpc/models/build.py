@@ -16,8 +16,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from tulu_hpc.config.architecture import Architecture
+from tulu_hpc.models import cpu_linear
 from tulu_hpc.models.attention import CoreAttention, LlamaAttention
-from tulu_hpc.models.cpu_linear import CpuColumnLinear, CpuRowLinear
 from tulu_hpc.models.llama import Llama
 from tulu_hpc.models.norm import RMSNorm
 from tulu_hpc.models.scalar_head import Head
@@ -215,15 +215,16 @@ def build_model(
     if transformer_engine is not None and device.type == "meta":  # these layers are given their device
         config.use_cpu_initialization, config.init_model_with_meta_device = False, True
     split = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
-    split |= {CpuColumnLinear: 0, CpuRowLinear: 1}
+    split |= {cpu_linear.CpuColumnLinear: 0, cpu_linear.CpuRowLinear: 1, cpu_linear.CpuGatedRowLinear: 1}
     norm: type = RMSNorm
     if transformer_engine is None:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-        if device.type == "cpu":
-            mlp, attention = layer.submodules.mlp.submodules, layer.submodules.self_attention.submodules
-            mlp.linear_fc1 = attention.linear_qkv = CpuColumnLinear
-            mlp.linear_fc2 = attention.linear_proj = CpuRowLinear
+        if cpu_linear.available(device, dtype):
+            mlp, attention = layer.submodules.mlp, layer.submodules.self_attention.submodules
+            mlp.module, mlp.params = cpu_linear.CpuMLP, {"tp_group": groups.pg.tp}
+            mlp.submodules.linear_fc1 = attention.linear_qkv = cpu_linear.CpuColumnLinear
+            mlp.submodules.linear_fc2, attention.linear_proj = cpu_linear.CpuGatedRowLinear, cpu_linear.CpuRowLinear
     else:
         layer, norm, theirs = layers()
         split |= theirs

@@ -10,16 +10,18 @@ With CUDA, `install()` does nothing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
 import logging
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils._triton import has_triton_package
 
 _CPU = torch.device("cpu")
 _PACKAGE = "megatron.core"
@@ -39,6 +41,8 @@ def install() -> None:
     if torch.cuda.is_available() or any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _Finder())
+    with _without_triton():
+        has_triton_package()  # torch's compiler, which every optimizer imports, asks again and gets the same answer
     _patch_tensor_methods()
     for module in [module for name, module in sys.modules.items() if _is_megatron(name)]:
         _adapt(module)
@@ -136,8 +140,22 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 class _Loader(importlib.machinery.SourceFileLoader):
     def exec_module(self, module: types.ModuleType) -> None:
-        super().exec_module(module)
+        with _without_triton():
+            super().exec_module(module)
         _adapt(module)
+
+
+@contextlib.contextmanager
+def _without_triton() -> Iterator[None]:
+    """What is imported meanwhile finds no triton: nothing could run on it without CUDA, its library takes 70 MiB."""
+    if "triton" in sys.modules:  # imported by somebody, or hidden already
+        yield
+        return
+    sys.modules["triton"] = None  # type: ignore[assignment]  # the documented way to make an import fail
+    try:
+        yield
+    finally:
+        del sys.modules["triton"]
 
 
 def _adapt(module: types.ModuleType) -> None:

@@ -39,7 +39,8 @@ class Workload:
         dtype_bytes, gradient_bytes: per element.
         moments: fp32 numbers per parameter that the optimizer keeps, beside masters: 2 for AdamW, 1 for SGD.
         data: data-parallel replicas.
-        fused_norm: the norm saves its input only (CUDA), not also the normalised rows (CPU).
+        fused_norm: the norm saves its input only (CUDA), not also the normalised rows (CPU). An fp32 model without it
+            has the CPU's linear layers, whose MLP makes its activation again.
         resident_copies: further copies of the weights (a reference policy).
         cache_tokens: tokens of the rollout engine's key/value cache on one replica.
         fp32_head: the head (tied: the embedding too) is fp32: 4 + 4 + 8/d bytes per parameter.
@@ -224,9 +225,15 @@ def layer_elements(work: Workload, *, recompute: Recompute | None = None) -> flo
     if (recompute or work.recompute) == "full":
         return architecture.hidden_size / residual
     q, kv = _q(architecture), _kv(architecture)
+    features = 2 if _makes_activation_again(work) else 5
     streams = (4 if work.fused_norm else 6) * architecture.hidden_size / residual
     attention = ((q + 2 * kv) + (q + kv) + q) / tensor
-    return streams + attention + 5 * architecture.intermediate_size / tensor
+    return streams + attention + features * architecture.intermediate_size / tensor
+
+
+def _makes_activation_again(work: Workload) -> bool:
+    """Whether the model has the linear layers of an fp32 model on a CPU."""
+    return work.dtype_bytes == 4 and not work.fused_norm
 
 
 def _activations(work: Workload, stage: int, layers: list[int], in_flight: float) -> tuple[int, int]:
@@ -243,6 +250,9 @@ def _activations(work: Workload, stage: int, layers: list[int], in_flight: float
     # Backward of an MLP: gradients of gate and up, of its input and output rows, and one weight gradient.
     wide = architecture.intermediate_size / tensor
     layer_peak = rows * (2 * wide + 2 * hidden) * size + 2 * wide * hidden * size if held else 0.0
+    if _makes_activation_again(work) and held:
+        # Before: the activation, its gradient, those of gate and up; or after it has gone the second weight's gradient.
+        layer_peak = max(layer_peak, rows * (4 * wide + 2 * hidden) * size)
     if work.recompute == "full" and held:
         layer_peak += rows * layer_elements(work, recompute="none") * size
     if stage != layout.pipeline - 1:
