@@ -10,10 +10,10 @@ paused until a later one has come through.
 from __future__ import annotations
 
 import asyncio
-import math
+import contextlib
 import socket
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -42,15 +42,11 @@ class Bucket:
 
     Attributes:
         metadata: name, dtype and shape of each.
-        content: uint8, valid until the bucket after the next is asked for.
+        parts: uint8, the bytes of each; where they can be, views of the tensors.
     """
 
     metadata: list[tuple[str, torch.dtype, tuple[int, ...]]]
-    content: Tensor
-
-    def parts(self) -> tuple[Tensor, ...]:
-        """The bytes of each tensor, views of `content`."""
-        return self.content.split([math.prod(shape) * dtype.itemsize for _, dtype, shape in self.metadata])
+    parts: list[Tensor]
 
     def announcement(self) -> dict[str, Any]:
         """Body of /update_weights."""
@@ -64,30 +60,23 @@ class Bucket:
 
 
 def buckets(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterable[Bucket]:
-    """Pack tensors (on the host) into buckets of at most `limit` bytes; a larger tensor is a bucket of its own.
+    """Put tensors (on the host) into buckets of at most `limit` bytes; a larger tensor is a bucket of its own.
 
-    Beside the tensor at hand two buffers of `limit` bytes are held, so that one bucket can be packed while another is
-    being sent.
+    Nothing is packed: a bucket holds the tensors' own memory. Beside the bucket that was handed out last, the one that
+    is being filled and the tensor at hand, no tensor is held.
     """
-    buffer, other = torch.empty(limit, dtype=torch.uint8), torch.empty(limit, dtype=torch.uint8)
-    metadata: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
-    used = 0
+    bucket, used = Bucket([], []), 0
     for name, tensor in tensors:
-        content = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        if metadata and used + content.numel() > limit:
-            yield Bucket(metadata, buffer[:used])
-            buffer, other = other, buffer
-            metadata, used = [], 0
-        entry, size = (name, tensor.dtype, tuple(tensor.shape)), content.numel()
-        if size > limit:
-            yield Bucket([entry], content)
-        else:
-            buffer[used : used + size] = content
-            metadata.append(entry)
-            used += size
-        del tensor, content  # before the next one is gathered
-    if metadata:
-        yield Bucket(metadata, buffer[:used])
+        size = tensor.numel() * tensor.element_size()
+        if bucket.parts and used + size > limit:
+            yield bucket
+            bucket, used = Bucket([], []), 0
+        bucket.metadata.append((name, tensor.dtype, tuple(tensor.shape)))
+        bucket.parts.append(tensor.detach().contiguous().view(-1).view(torch.uint8))
+        used += size
+        del tensor  # before the next one is gathered
+    if bucket.parts:
+        yield bucket
 
 
 class Channel:
@@ -106,6 +95,8 @@ class Channel:
         self._key = ""
         self._workers: Any = 0
         self._sent = 0
+        self._answers: list[asyncio.Task[Any]] = []  # to announcements, the oldest first
+        self._accepted = asyncio.Event()  # the server receives what was announced last
 
     async def _call(self, method: str, path: str, body: Any = None, seconds: float = _CONTROL_SECONDS) -> Any:
         return await request(self.address, method, path, body, seconds=seconds)
@@ -116,6 +107,8 @@ class Channel:
         Raises:
             HttpError, SyncError: naming the server.
         """
+        self._answers, self._accepted = [], asyncio.Event()  # of this event loop
+        self._accepted.set()
         await probe(self.address)
         await pause(self.address)
         await set_version(self.address, DIRTY)
@@ -181,32 +174,39 @@ class Channel:
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=here)]
         return dist.ProcessGroupGloo(dist.PrefixStore(self._key, store), 0, size, options)
 
+    async def announce(self, bucket: Bucket) -> None:
+        """Tell the server what comes next, while what came before may be under way: it then waits at the server.
+
+        Returns once the server receives what was announced before, so that they cannot overtake each other.
+        """
+        await self._accepted.wait()
+        if self._group is not None:  # else sending has failed meanwhile
+            self._accepted.clear()
+            seconds = 2 * self.timeout_seconds + 10  # of the bucket before, and of this one
+            body = bucket.announcement()
+            self._answers.append(asyncio.create_task(self._call("POST", "/update_weights", body, seconds)))
+
     async def send(self, bucket: Bucket) -> None:
-        """One bucket: announce it, wait until all workers accept it, broadcast it, wait until they have loaded it.
+        """One announced bucket: wait until all workers accept it and broadcast it; they load it later.
 
         Raises:
             HttpError, SyncError: naming the server; the group is then closed.
         """
-        announced = asyncio.create_task(
-            self._call("POST", "/update_weights", bucket.announcement(), self.timeout_seconds + 10)
-        )
         try:
             async with asyncio.timeout(self.timeout_seconds):
-                await self._until(lambda: self._ready() >= (self._sent + 1) * self._workers, announced)
+                await self._until_ready()
                 options = dist.BroadcastOptions()
                 options.rootRank = 0
-                for work in [self._group.broadcast([part], options) for part in bucket.parts()]:
-                    await self._until(work.is_completed, announced)
-                    work.wait()
+                works = [self._group.broadcast([part], options) for part in bucket.parts]
+                await self._unless_refused(asyncio.gather(*map(_completion, works)))
+            for work in works:
+                work.wait()  # raises what went wrong
             self._sent += 1
-            await announced
         except (RuntimeError, TimeoutError) as error:
             self.close()
             if isinstance(error, HttpError):
                 raise
             raise SyncError(f"{self.address}: weights not sent: {error or 'too late'}") from error
-        finally:
-            announced.cancel()
 
     async def load(self, body: dict[str, Any]) -> None:
         """Let the server read one file.
@@ -216,16 +216,23 @@ class Channel:
         """
         await self._call("POST", "/update_weights", body, self.timeout_seconds + 10)
 
-    def _ready(self) -> int:
-        return int(self._store.add(f"{self._key}/ready", 0))
+    async def _until_ready(self) -> None:
+        """Wait until every worker waits for the next bucket, or for the server to say no."""
+        while self._store.add(f"{self._key}/ready", 0) < (self._sent + 1) * self._workers:
+            await self._unless_refused(asyncio.sleep(_POLL_SECONDS))
+        self._accepted.set()
 
-    @staticmethod
-    async def _until(done: Any, announced: asyncio.Task[Any]) -> None:
-        """Wait for `done`, or for the server to say no."""
-        while not done():
-            if announced.done() and announced.exception() is not None:
-                announced.result()
-            await asyncio.sleep(_POLL_SECONDS)
+    async def _unless_refused(self, action: Awaitable[Any]) -> None:
+        """Wait for an action, or for the server to refuse what was announced."""
+        doing = asyncio.ensure_future(action)
+        try:
+            while not doing.done():
+                await asyncio.wait({doing, *self._answers}, return_when=asyncio.FIRST_COMPLETED)
+                while self._answers and self._answers[0].done():
+                    self._answers.pop(0).result()
+            doing.result()
+        finally:
+            doing.cancel()
 
     async def finish(self, version: int) -> None:
         """End the update; the server refuses if a parameter is missing. Then it serves again.
@@ -233,6 +240,8 @@ class Channel:
         Raises:
             HttpError, SyncError: naming the server.
         """
+        for answer in self._answers:
+            await answer
         body = {"weight_version": str(version)}
         await self._call("POST", "/finish_weight_update", body, self.timeout_seconds + 10)
         await confirm_version(self.address, version)
@@ -242,6 +251,9 @@ class Channel:
     def close(self) -> None:
         """Leave the group; workers that wait in it see the connection end."""
         self._group = self._store = None
+        for answer in self._answers:
+            answer.cancel()
+        self._accepted.set()  # nobody waits for a server that is given up
 
 
 async def push_gloo(
@@ -250,7 +262,8 @@ async def push_gloo(
     """Send the same weights to several servers at once.
 
     Args:
-        tensors: whole model, Hugging Face names, on the host. Not read to its end if every server has failed.
+        tensors: whole model, Hugging Face names, on the host. Not read to its end if every server has failed. Two
+            buckets of them are held at a time, and none is changed.
 
     Returns:
         For each channel what went wrong, or None.
@@ -258,7 +271,6 @@ async def push_gloo(
     problems: list[str | None] = [None] * len(channels)
 
     await _every(channels, problems, Channel.begin)
-    # The next bucket is gathered and packed in a thread while this one is sent.
     stream = iter(buckets(tensors, bucket_bytes))
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
@@ -267,17 +279,42 @@ async def push_gloo(
             torch.cuda.set_device(device)
         return next(stream, None)
 
-    bucket = advance() if None in problems else None
-    while bucket is not None:
-        following = asyncio.create_task(asyncio.to_thread(advance))
-        try:
-            await _every(channels, problems, lambda channel, bucket=bucket: channel.send(bucket))
-        finally:
-            bucket = await following  # before anyone else touches the stream
-        if None not in problems:
-            break
+    async def prepare() -> Bucket | None:
+        bucket = await asyncio.to_thread(advance)
+        if bucket is not None:
+            await _every(channels, problems, lambda channel: channel.announce(bucket))
+        return bucket
+
+    try:
+        bucket = await prepare() if None in problems else None
+        while bucket is not None:
+            # The next bucket is gathered and announced while this one is sent and the one before is loaded.
+            following = asyncio.create_task(prepare())
+            try:
+                await _every(channels, problems, lambda channel, bucket=bucket: channel.send(bucket))
+            finally:
+                bucket = await following  # before anyone else touches the stream
+            if None not in problems:
+                break
+    except BaseException:
+        for channel in channels:
+            channel.close()  # a server may be waiting for a bucket
+        raise
     await _every(channels, problems, lambda channel: channel.finish(version))
     return problems
+
+
+def _completion(work: Any) -> asyncio.Future[None]:
+    """Done when the work is, well or not."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def tell(_: Any) -> None:  # in a thread of gloo
+        with contextlib.suppress(RuntimeError):  # nobody waits any more
+            loop.call_soon_threadsafe(lambda: done.done() or done.set_result(None))
+
+    work.get_future().add_done_callback(tell)
+    return done
 
 
 async def push_checkpoint(channels: Sequence[Channel], directory: Path, version: int) -> list[str | None]:

@@ -1,7 +1,8 @@
 """Worker side of weight updates, over gloo or from files.
 
 Over gloo rank 0 of the group is the trainer, the workers follow. One call of /update_weights announces one bucket of
-tensors and is one broadcast of their bytes, in the order announced; or it names a safetensors file to read.
+tensors and is one broadcast for each of them, in the order announced; or it names a safetensors file to read.
+Tensors are loaded while the next ones arrive, the last of a bucket during the next call.
 What vLLM's own engines lack is here: shapes are checked before anything is sent, an update must be complete, and one
 that broke off is cleaned up by the next.
 """
@@ -26,6 +27,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload, layerwise
 
 from tulu_hpc_vllm.expected import check_announced, check_complete, expected_shapes
+from tulu_hpc_vllm.host_buffers import HostBuffers
 
 logger = init_logger("vllm.tulu_hpc")
 
@@ -67,6 +69,8 @@ class GlooEngine(WeightTransferEngine):
         self._group: Any = None
         self._received: set[str] = set()
         self._expected: dict[str, tuple[int, ...]] = {}
+        self._buffers = HostBuffers()
+        self._unloaded: list[tuple[str, torch.Tensor]] = []  # arrived, at most one
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Join the trainer's group."""
@@ -92,6 +96,7 @@ class GlooEngine(WeightTransferEngine):
         self._expected = expected_shapes(self.model_config.hf_config)
         discard_unfinished_reload(self.model)
         self._received = set()
+        self._unloaded = []
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
@@ -108,16 +113,23 @@ class GlooEngine(WeightTransferEngine):
             raise RuntimeError("the weight transfer group was not opened")
         dtypes = [getattr(torch, name) for name in update_info.dtype_names]
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(update_info.shapes, dtypes, strict=True)]
-        buffer = torch.empty(sum(sizes), dtype=torch.uint8)
-        self._store.add(f"{self._key}/ready", 1)  # only now may the trainer send: a refused bucket leaves no trace
+        buffer = self._buffers.take(sum(sizes))
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        # One broadcast per tensor, all of them under way at once: a tensor is loaded while the next ones arrive.
+        self._store.add(f"{self._key}/ready", 1)  # only now may the trainer send: a refused bucket leaves no trace
+        # One broadcast per tensor, all of them under way at once.
         arriving = [(part, self._group.broadcast([part], options)) for part in buffer.split(sizes)]
         parts = zip(update_info.names, arriving, dtypes, update_info.shapes, strict=True)
         for name, (part, work), dtype, shape in parts:
+            self._load_rest()
             work.wait()
-            self.model.load_weights([(name, part.view(dtype).view(shape))])
+            self._unloaded = [(name, part.view(dtype).view(shape))]
+
+    def _load_rest(self) -> None:
+        """Load what has arrived and is not loaded yet."""
+        arrived, self._unloaded = self._unloaded, []
+        if arrived:
+            self.model.load_weights(arrived)
 
     def _load_file(self, path: str, names: list[str]) -> None:
         with safe_open(path, framework="pt") as file:
@@ -132,10 +144,13 @@ class GlooEngine(WeightTransferEngine):
         received, self._received = self._received, set()
         try:
             if received:
+                self._load_rest()
                 check_complete(self._expected, received)
                 finalize_layerwise_reload(self.model, self.model_config)
                 repack_tied_head(self.model, self.model_config.hf_config)
         finally:
+            self._unloaded = []
+            self._buffers.clear()
             discard_unfinished_reload(self.model)  # nothing is left of it after a complete update
 
     @staticmethod
