@@ -326,7 +326,7 @@ class VllmSection(Section):
         default="gloo",
         description="`checkpoint`: new weights travel through a directory that the servers can read.",
     )
-    bucket_mib: int = Field(default=256, ge=1, description="Weights sent at a time.")
+    bucket_mib: int = Field(default=256, ge=1, description="Weights held for sending: half is sent, half gathered.")
     sync_timeout_seconds: float = Field(default=60.0, gt=0, description="Of one bucket, or of one reload.")
 
 

@@ -262,8 +262,9 @@ async def push_gloo(
     """Send the same weights to several servers at once.
 
     Args:
-        tensors: whole model, Hugging Face names, on the host. Not read to its end if every server has failed. Two
-            buckets of them are held at a time, and none is changed.
+        tensors: whole model, Hugging Face names, on the host. Not read to its end if every server has failed.
+        bucket_bytes: of the tensors held at a time: one half is sent while the other is gathered. A tensor larger than
+            half of it is sent alone.
 
     Returns:
         For each channel what went wrong, or None.
@@ -271,7 +272,7 @@ async def push_gloo(
     problems: list[str | None] = [None] * len(channels)
 
     await _every(channels, problems, Channel.begin)
-    stream = iter(buckets(tensors, bucket_bytes))
+    stream = iter(buckets(tensors, bucket_bytes // 2))
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def advance() -> Bucket | None:

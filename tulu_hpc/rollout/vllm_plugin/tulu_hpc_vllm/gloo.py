@@ -150,7 +150,6 @@ class GlooEngine(WeightTransferEngine):
                 repack_tied_head(self.model, self.model_config.hf_config)
         finally:
             self._unloaded = []
-            self._buffers.clear()
             discard_unfinished_reload(self.model)  # nothing is left of it after a complete update
 
     @staticmethod
