@@ -4,8 +4,8 @@
     python benchmarks/rollout/weight_sync.py --layers 2 --hidden 256 --vocab 1000 --bucket-mib 1  # checks the machinery
 
 The sender is a real megatron model at tp 1 and at tp 2 x pp 2, streamed as in training; the receiver is the plugin's
-own class in vLLM's environment, loading into resident memory. Bare broadcasts have the size of a bucket, go over the
-same connection, and alternate with the syncs. Extra memory is the peak of a rank's anonymous memory during a sync over
+own class in vLLM's environment, loading into resident memory. Bare broadcasts go from one buffer to one buffer and
+alternate with the syncs. Extra memory is the peak of a rank's anonymous memory during a sync over
 what it had before the first one (its shard, Python and libraries).
 """
 
@@ -42,6 +42,7 @@ from tulu_hpc.rollout.weight_sync import Channel, push_gloo
 LAYOUTS = {"tp1": Layout(), "tp2 pp2": Layout(tensor=2, pipeline=2)}
 GOAL_RATIO, GOAL_MEMORY = 0.8, 3.0
 SECONDS = 300.0
+BARE_BYTES = 128 << 20  # of one broadcast; not slower than larger ones
 
 
 class AnonymousPeak:
@@ -105,7 +106,7 @@ def sender(args: argparse.Namespace) -> None:
             cpu.append(time.process_time() - busy)
             peaks.append(memory.peak)
         if groups.is_main:
-            bare.append(asyncio.run(bare_broadcast(bare_channel, total, args.bucket_mib << 20)))
+            bare.append(asyncio.run(bare_broadcast(bare_channel, total, BARE_BYTES, version)))
     peaks = groups.all_gather_object(max(max(peaks), memory.peak) - before)
     shards = groups.all_gather_object(sum(p.numel() * p.element_size() for m in models for p in m.parameters()))
     cpu = groups.all_gather_object(statistics.median(cpu[1:]))
@@ -121,11 +122,12 @@ def sender(args: argparse.Namespace) -> None:
     os._exit(0)  # gloo's threads need no farewell
 
 
-async def bare_broadcast(channel: Channel, total: int, bucket: int) -> float:
-    """Seconds of broadcasting `total` bytes from one buffer to one buffer, nothing else."""
+async def bare_broadcast(channel: Channel, total: int, bucket: int, number: int) -> float:
+    """Seconds of broadcasting `total` bytes from one buffer to one buffer, nothing else; for the `number`th time."""
     content = torch.ones(bucket, dtype=torch.uint8)
     told = asyncio.create_task(request(channel.address, "POST", "/bare", {"bytes": total}, seconds=SECONDS))
-    await asyncio.sleep(0.2)  # the receiver waits by then, so only the transfer is timed
+    while channel._store.add("bare", 0) <= number:  # only the transfer is timed
+        await asyncio.sleep(0.001)
     options = dist.BroadcastOptions()
     options.rootRank = 0
 
@@ -207,7 +209,7 @@ def measure(layout: str, args: argparse.Namespace) -> dict[str, Any]:
             return process
 
         clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        script, bucket = Path(__file__).with_name("receiver.py"), str(args.bucket_mib << 20)
+        script, bucket = Path(__file__).with_name("receiver.py"), str(BARE_BYTES)
         receiver = start([args.python, str(script), str(folder / "config.json"), bucket], clean)
         assert receiver.stdout is not None
         line = next((each for each in receiver.stdout if each.strip().isdigit()), None)
