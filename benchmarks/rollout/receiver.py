@@ -20,6 +20,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[2] / "tulu_hpc" / "rollout" / "vllm_plugin"))
 from tulu_hpc_vllm.expected import check_complete, expected_shapes
 from tulu_hpc_vllm.gloo import GlooEngine, InitInfo, UpdateInfo
+from tulu_hpc_vllm.host_buffers import HostBuffers
 
 
 class Weights:
@@ -34,25 +35,31 @@ class Weights:
 
 
 class Receiver(GlooEngine):
-    """Without vLLM's layerwise reload, which needs its layers."""
+    """All of the plugin's receiving and loading; vLLM's layerwise reload, which needs its layers, is left out."""
 
     def __init__(self, config: SimpleNamespace) -> None:
         self.parallel_config = SimpleNamespace(data_parallel_index=0, world_size=1, rank=0)
         self.model_config = SimpleNamespace(hf_config=config)
         self._expected = expected_shapes(config)
         self._group, self._received = None, set()
+        self._buffers, self._unloaded = HostBuffers(), []
+        self._bare = torch.empty(0, dtype=torch.uint8)
         self.model: Any = Weights(self._expected)
 
     def start_weight_update(self) -> None:
         self._received = set()
 
     def finish_weight_update(self) -> None:
+        self._load_rest()
         check_complete(self._expected, self._received)
 
     def bare(self, total: int, bucket: int) -> None:
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        buffer = torch.zeros(bucket, dtype=torch.uint8)
+        if self._bare.numel() != bucket:
+            self._bare = torch.ones(bucket, dtype=torch.uint8)  # its pages are touched once, not in the measurement
+        self._store.add("bare", 1)
+        buffer = self._bare
         while total > 0:
             self._group.broadcast([buffer[: min(bucket, total)]], options).wait()
             total -= bucket

@@ -4,8 +4,8 @@
     python benchmarks/rollout/weight_sync.py --layers 2 --hidden 256 --vocab 1000 --bucket-mib 1  # checks the machinery
 
 The sender is a real megatron model at tp 1 and at tp 2 x pp 2, streamed as in training; the receiver is the plugin's
-own class in vLLM's environment, loading into resident memory. Bare broadcasts have the size of a bucket, go over the
-same connection, and alternate with the syncs. Extra memory is the peak of a rank's anonymous memory during a sync over
+own class in vLLM's environment, loading into resident memory. Bare broadcasts go from one buffer to one buffer and
+alternate with the syncs. Extra memory is the peak of a rank's anonymous memory during a sync over
 what it had before the first one (its shard, Python and libraries).
 """
 
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ from tulu_hpc.models.convert import iter_hf_tensors
 from tulu_hpc.models.names import hf_shapes
 from tulu_hpc.parallel.layout import Layout, initialize
 from tulu_hpc.rollout.http import Address, request
+from tulu_hpc.rollout.server import Server, ServerOptions
 from tulu_hpc.rollout.weight_sync import Channel, push_gloo
 
 LAYOUTS = {"tp1": Layout(), "tp2 pp2": Layout(tensor=2, pipeline=2)}
 GOAL_RATIO, GOAL_MEMORY = 0.8, 3.0
 SECONDS = 300.0
+BARE_BYTES = 128 << 20  # of one broadcast; not slower than larger ones
 
 
 class AnonymousPeak:
@@ -81,12 +84,16 @@ def sender(args: argparse.Namespace) -> None:
             expected += int(tensor.contiguous().view(torch.int16).sum(dtype=torch.int64))
     del tensor
     before = anonymous()
-    channel = Channel(Address("127.0.0.1", args.port), SECONDS)
-    bare, syncs, peaks = [], [], []
+    bare_channel = channel = Channel(Address("127.0.0.1", args.port), SECONDS)
+    if args.server_port:
+        channel = Channel(Address("127.0.0.1", args.server_port), SECONDS)
+        if groups.is_main:
+            asyncio.run(bare_channel.begin())
+    bare, syncs, peaks, cpu = [], [], [], []
     for version in range(args.repeats + 1):
         with AnonymousPeak() as memory:
             dist.barrier()
-            started = time.perf_counter()
+            started, busy = time.perf_counter(), time.process_time()
             stream = iter_hf_tensors(models, architecture, groups)
             if groups.is_main:
                 whole = ((name, each) for name, each in stream if each is not None)
@@ -96,26 +103,31 @@ def sender(args: argparse.Namespace) -> None:
             for _ in stream:
                 pass
             syncs.append(time.perf_counter() - started)
+            cpu.append(time.process_time() - busy)
             peaks.append(memory.peak)
         if groups.is_main:
-            bare.append(asyncio.run(bare_broadcast(channel, total, args.bucket_mib << 20)))
+            bare.append(asyncio.run(bare_broadcast(bare_channel, total, BARE_BYTES, version)))
     peaks = groups.all_gather_object(max(max(peaks), memory.peak) - before)
     shards = groups.all_gather_object(sum(p.numel() * p.element_size() for m in models for p in m.parameters()))
+    cpu = groups.all_gather_object(statistics.median(cpu[1:]))
     if groups.is_main:
-        received = asyncio.run(request(channel.address, "GET", "/sum", seconds=SECONDS))["sum"]
-        if received != expected:
-            raise RuntimeError(f"the receiver's weights add up to {received}, not {expected}")
+        if not args.server_port:
+            received = asyncio.run(request(channel.address, "GET", "/sum", seconds=SECONDS))["sum"]
+            if received != expected:
+                raise RuntimeError(f"the receiver's weights add up to {received}, not {expected}")
         figures = {"sync_seconds": syncs[1:], "bare_seconds": bare[1:], "bytes": total, "extra": peaks}
-        print(json.dumps(figures | {"shards": shards, "largest": largest_parameter(architecture)}), flush=True)
+        figures |= {"shards": shards, "largest": largest_parameter(architecture), "cpu_seconds": cpu}
+        print(json.dumps(figures), flush=True)
     dist.barrier()
     os._exit(0)  # gloo's threads need no farewell
 
 
-async def bare_broadcast(channel: Channel, total: int, bucket: int) -> float:
-    """Seconds of broadcasting `total` bytes from one buffer to one buffer, nothing else."""
+async def bare_broadcast(channel: Channel, total: int, bucket: int, number: int) -> float:
+    """Seconds of broadcasting `total` bytes from one buffer to one buffer, nothing else; for the `number`th time."""
     content = torch.ones(bucket, dtype=torch.uint8)
     told = asyncio.create_task(request(channel.address, "POST", "/bare", {"bytes": total}, seconds=SECONDS))
-    await asyncio.sleep(0.2)  # the receiver waits by then, so only the transfer is timed
+    while channel._store.add("bare", 0) <= number:  # only the transfer is timed
+        await asyncio.sleep(0.001)
     options = dist.BroadcastOptions()
     options.rootRank = 0
 
@@ -164,41 +176,58 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def start_server(folder: Path, args: argparse.Namespace, cleanup: ExitStack) -> int:
+    """A real vLLM server with random weights of this model; its port."""
+    options = ServerOptions(
+        python=args.python,
+        model=str(folder),
+        dtype="bfloat16",
+        max_model_len=256,
+        max_sequences=4,
+        kv_cache_mib=64,
+        extra_args=("--load-format", "dummy", "--skip-tokenizer-init"),
+    )
+    server = Server(options, folder / "server.log")
+    cleanup.callback(server.stop)
+    asyncio.run(server.wait_ready(SECONDS))
+    return server.address.port
+
+
 def measure(layout: str, args: argparse.Namespace) -> dict[str, Any]:
     """Figures of one layout of the sender."""
     world = LAYOUTS[layout].tensor * LAYOUTS[layout].pipeline
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.json"
-        config.write_text(json.dumps({"model_type": "llama", **architecture_of(args).to_hf()}))
+    with tempfile.TemporaryDirectory() as name, ExitStack() as cleanup:
+        folder = Path(name)
+        config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **architecture_of(args).to_hf()}
+        (folder / "config.json").write_text(json.dumps(config))
         quiet = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "CUDA_VISIBLE_DEVICES": ""}
+
+        def start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+            process = subprocess.Popen(command, env=environment | quiet, stdout=subprocess.PIPE, text=True)
+            cleanup.callback(process.wait)
+            cleanup.callback(process.kill)
+            return process
+
         clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        receiver = subprocess.Popen(
-            [args.python, str(Path(__file__).with_name("receiver.py")), str(config), str(args.bucket_mib << 20)],
-            env=clean | quiet,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        ranks: list[subprocess.Popen[str]] = []
-        try:
-            assert receiver.stdout is not None
-            line = next((each for each in receiver.stdout if each.strip().isdigit()), None)
-            if line is None:
-                raise SystemExit(f"the receiver in {args.python} ended with code {receiver.wait()}")
-            common = [sys.executable, str(Path(__file__)), "--layout", layout, "--port", line.strip()]
-            for name in ("vocab", "hidden", "layers", "bucket_mib", "repeats"):
-                common += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-            place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-            for rank in range(world):
-                environment = os.environ | quiet | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                ranks.append(subprocess.Popen(common, env=environment, stdout=subprocess.PIPE, text=True))
-            outputs = [each.communicate(timeout=SECONDS)[0] for each in ranks]
-            if any(each.returncode for each in ranks):
-                raise SystemExit(f"{layout}: ranks ended with {[each.returncode for each in ranks]}")
-            found = json.loads(outputs[0].splitlines()[-1])
-        finally:
-            for process in (*ranks, receiver):
-                process.kill()
-                process.wait()
+        script, bucket = Path(__file__).with_name("receiver.py"), str(BARE_BYTES)
+        receiver = start([args.python, str(script), str(folder / "config.json"), bucket], clean)
+        assert receiver.stdout is not None
+        line = next((each for each in receiver.stdout if each.strip().isdigit()), None)
+        if line is None:
+            raise SystemExit(f"the receiver in {args.python} ended with code {receiver.wait()}")
+        common = [sys.executable, str(Path(__file__)), "--layout", layout, "--port", line.strip()]
+        if args.server:
+            common += ["--server-port", str(start_server(folder, args, cleanup))]
+        for name in ("vocab", "hidden", "layers", "bucket_mib", "repeats"):
+            common += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        ranks = [
+            start(common, os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)
+        ]
+        outputs = [each.communicate(timeout=SECONDS)[0] for each in ranks]
+        if any(each.returncode for each in ranks):
+            raise SystemExit(f"{layout}: ranks ended with {[each.returncode for each in ranks]}")
+        found: dict[str, Any] = json.loads(outputs[0].splitlines()[-1])
     ratios = [b / s for b, s in zip(found["bare_seconds"], found["sync_seconds"], strict=True)]
     unit = max(args.bucket_mib << 20, found["largest"])
     found |= {"ratio": statistics.median(ratios), "ratios": ratios, "unit": unit}
@@ -214,13 +243,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=128256)
-    parser.add_argument("--bucket-mib", type=int, default=128)
+    parser.add_argument("--bucket-mib", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3, help="timed syncs, after one that is not")
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
     parser.add_argument("--python", default=".venv-vllm/bin/python", help="interpreter of vLLM's environment")
+    parser.add_argument("--server", action="store_true", help="send to a real vLLM server, which packs what it loads")
     parser.add_argument("--json", metavar="PATH", help="also write the last line's JSON object here")
     parser.add_argument("--layout", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--server-port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.layout:
         sender(args)

@@ -88,6 +88,23 @@ def test_two_buckets_are_held_at_a_time() -> None:
     assert most == 8  # four tensors in each of two buckets
 
 
+def test_received_bytes_are_not_overwritten() -> None:
+    """A buffer is used again only when nothing made of it is left."""
+    pool = plugin_module("host_buffers").HostBuffers()
+    first = pool.take(1000)
+    kept = first.fill_(1)[:8].view(torch.float32)
+    address = first.data_ptr()
+    del first
+    second = pool.take(1000)
+    second.fill_(2)
+    assert second.data_ptr() != address and kept.view(torch.uint8).eq(1).all()
+    del kept
+    third = pool.take(500)  # a smaller one fits in
+    assert third.data_ptr() == address and third.shape == (500,)
+    del second, third
+    assert pool.take(2000).shape == (2000,)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_plugin_knows_the_same_model(tied: bool) -> None:
     architecture = Architecture(

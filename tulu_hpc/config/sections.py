@@ -340,7 +340,7 @@ class VllmSection(Section):
     nccl_library: str | None = Field(
         default=None, description="Path of libnccl; empty: $VLLM_NCCL_SO_PATH, or the libnccl.so.2 of torch."
     )
-    bucket_mib: int = Field(default=256, ge=1, description="Weights sent at a time.")
+    bucket_mib: int = Field(default=256, ge=1, description="Weights held for sending: half is sent, half gathered.")
     sync_timeout_seconds: float = Field(default=60.0, gt=0, description="Of one bucket, or of one reload.")
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.models.build import check_layout, unwrap
 from tulu_hpc.models.companions import copy_companions, write_config
+from tulu_hpc.models.host_memory import host_empty
 from tulu_hpc.models.llama import Llama
-from tulu_hpc.models.names import SCORE, Mapping, hf_shapes, mapping, merge_shards, read_local
+from tulu_hpc.models.names import SCORE, Mapping, Merged, hf_shapes, mapping, merge_shards, read_local
 from tulu_hpc.models.safetensors_files import HfDirectory, published, write_shards
 from tulu_hpc.models.safetensors_layout import check_names
 from tulu_hpc.models.scalar_head import Head, new_head_weight
@@ -132,34 +133,46 @@ def _collect(
 ) -> list[Tensor] | None:
     """Bring one parameter from pipeline stage `stage` to global rank 0, as Hugging Face tensors on the CPU."""
     size = groups.tp_size if mapped.kind != "whole" else 1
-    device = local.device if local is not None else None
-    shards: list[Tensor] | None = None
-    if local is not None:
-        local = local.contiguous()
-        if size == 1:
-            shards = [local]
-        else:
-            first = groups.tp_rank == 0
-            shards = [torch.empty_like(local) for _ in range(size)] if first else None
-            dist.gather(local, shards, dist.get_global_rank(groups.pg.tp, 0), group=groups.pg.tp)
+    tensor, pipeline = groups.pg.tp, groups.pg.pp
+    on_gpu = dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     if groups.tp_rank != 0:
+        if local is not None and size > 1:
+            dist.send(local.contiguous(), dist.get_global_rank(tensor, 0), group=tensor)
         return None
-    if stage != 0:
-        pipeline = groups.pg.pp
-        if local is not None:
-            for shard in shards or []:
-                dist.send(shard, dist.get_global_rank(pipeline, 0), group=pipeline)
-            return None
-        if groups.pp_rank != 0:
-            return None
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
-        shards = [torch.empty(shape, dtype=dtype, device=device) for _ in range(size)]
-        for shard in shards:
-            dist.recv(shard, dist.get_global_rank(pipeline, stage), group=pipeline)
-    if groups.pp_rank != 0 or shards is None:
+
+    def receive(rank: int, into: Tensor) -> Tensor:
+        """The shard of a tensor-parallel rank of the stage."""
+        if local is None:
+            dist.recv(into, dist.get_global_rank(pipeline, stage), group=pipeline)
+        elif rank == 0:
+            return local.contiguous()
+        else:
+            dist.recv(into, dist.get_global_rank(tensor, rank), group=tensor)
+        return into
+
+    if groups.pp_rank != 0 and local is None:
         return None
-    # Merged on the host: the device holds the shards of one parameter, once.
-    return merge_shards(mapped, [shard.cpu() for shard in shards], architecture)
+    buffer = _empty(shape, dtype, device)
+    if groups.pp_rank != 0:
+        for rank in range(size):
+            dist.send(receive(rank, buffer), dist.get_global_rank(pipeline, 0), group=pipeline)
+        return None
+    # Merged on the host: the device holds one shard beside the model.
+    if size == 1:
+        return merge_shards(mapped, [receive(0, buffer).cpu()], architecture)
+    merged = Merged(mapped, shape, dtype, size, architecture)
+    for rank in range(size):
+        place = None if on_gpu else merged.place(rank)
+        shard = receive(rank, buffer if place is None else place)
+        if shard is not place:
+            merged.add(rank, shard.cpu())
+    return merged.tensors
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor."""
+    return host_empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
 
 
 def save_hf(

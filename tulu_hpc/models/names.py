@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from tulu_hpc.config.architecture import Architecture
+from tulu_hpc.models.host_memory import host_empty
 from tulu_hpc.models.scalar_head import Head
 
 Kind = Literal["vocab", "qkv", "gate_up", "columns", "whole"]
@@ -159,27 +160,54 @@ def read_local(
 
 
 def merge_shards(mapped: Mapping, shards: list[Tensor], architecture: Architecture) -> list[Tensor]:
-    """The Hugging Face tensors of a parameter from its tensor-parallel shards; the inverse of `read_local`.
+    """The Hugging Face tensors of a parameter from its tensor-parallel shards (on the host); inverse of `read_local`.
 
     They may be views of a single shard.
     """
-    a = architecture
-    if mapped.kind == "whole":
-        return [shards[0]]
-    if mapped.kind == "vocab":
-        return [_joined(shards)[: a.vocab_size]]
-    if mapped.kind == "columns":
-        return [_joined(shards, dim=1)]
-    if mapped.kind == "gate_up":
-        halves = [shard.chunk(2) for shard in shards]
-        return [_joined([half[i] for half in halves]) for i in range(2)]
-    grouped = _joined(shards).view(a.num_key_value_heads, sum(qkv_widths(a)), a.hidden_size)
-    return [part.reshape(-1, a.hidden_size) for part in grouped.split(list(qkv_widths(a)), dim=1)]
+    if mapped.kind == "whole" or (len(shards) == 1 and mapped.kind != "qkv"):
+        whole = shards[0][: architecture.vocab_size] if mapped.kind == "vocab" else shards[0]
+        return list(whole.chunk(2)) if mapped.kind == "gate_up" else [whole]
+    merged = Merged(mapped, tuple(shards[0].shape), shards[0].dtype, len(shards), architecture)
+    for rank, shard in enumerate(shards):
+        merged.add(rank, shard)
+    return merged.tensors
 
 
-def _joined(shards: list[Tensor], dim: int = 0) -> Tensor:
-    """`torch.cat` that does not copy a single tensor."""
-    return shards[0] if len(shards) == 1 else torch.cat(shards, dim=dim)
+class Merged:
+    """Hugging Face tensors of one parameter, filled with one tensor-parallel shard after the other.
+
+    Args:
+        shape, dtype: of a shard.
+        size: number of shards.
+
+    Attributes:
+        tensors: the result, on the host; whole once every shard is in its place.
+    """
+
+    def __init__(
+        self, mapped: Mapping, shape: tuple[int, ...], dtype: torch.dtype, size: int, architecture: Architecture
+    ) -> None:
+        rows, columns = shape
+        self._heads = architecture.num_key_value_heads // size if mapped.kind == "qkv" else 1
+        parts = {"gate_up": (rows // 2, rows // 2), "qkv": qkv_widths(architecture)}
+        self._widths = parts.get(mapped.kind, (rows,))  # rows of each tensor, per head
+        if mapped.kind == "columns":
+            whole = [host_empty((rows, size * columns), dtype)]
+        else:
+            whole = [host_empty((size * self._heads * width, columns), dtype) for width in self._widths]
+        self._places = [each.chunk(size, dim=1 if mapped.kind == "columns" else 0) for each in whole]
+        self.tensors = [each[: architecture.vocab_size] for each in whole] if mapped.kind == "vocab" else whole
+
+    def place(self, rank: int) -> Tensor | None:
+        """Where the shard of a rank can be received as it is; None: it has to be added."""
+        first = self._places[0][rank]
+        return first if len(self._places) == 1 and first.is_contiguous() else None
+
+    def add(self, rank: int, shard: Tensor) -> None:
+        """Copy the shard of a rank to its place."""
+        parts = shard.view(self._heads, -1, shard.shape[1]).split(self._widths, dim=1)
+        for places, part in zip(self._places, parts, strict=True):
+            places[rank].view(part.shape).copy_(part)
 
 
 def qkv_widths(a: Architecture) -> tuple[int, int, int]:

@@ -95,6 +95,8 @@ class ServerOptions:
             # No worker process beside the engine core, and no pinning to cores that the trainer uses too.
             kept |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
             kept.setdefault("OMP_NUM_THREADS", "1")
+            # torch: large tensors on huge pages. A weight update makes every layer anew, much of it page faults.
+            kept.setdefault("THP_MEM_ALLOC_ENABLE", "1")
             kept.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over kv_cache_mib
         return kept
 

@@ -262,8 +262,10 @@ async def push_gloo(
     """Send the same weights to several servers at once.
 
     Args:
-        tensors: whole model, Hugging Face names, on the host. Not read to its end if every server has failed. Two
-            buckets of them are held at a time, and none is changed.
+        tensors: whole model, Hugging Face names, on the host; none is changed. Not read to its end if every server has
+            failed.
+        bucket_bytes: of the tensors held at a time: one half is sent while the other is gathered. A tensor larger than
+            half of it is sent alone.
 
     Returns:
         For each channel what went wrong, or None.
@@ -271,7 +273,7 @@ async def push_gloo(
     problems: list[str | None] = [None] * len(channels)
 
     await _every(channels, problems, Channel.begin)
-    stream = iter(buckets(tensors, bucket_bytes))
+    stream = iter(buckets(tensors, bucket_bytes // 2))
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def advance() -> Bucket | None:
@@ -309,13 +311,13 @@ def _completion(work: Any) -> asyncio.Future[None]:
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
 
-    def end() -> None:
+    def settle() -> None:
         if not done.done():
             done.set_result(None)
 
     def tell(_: Any) -> None:  # in a thread of gloo
         with contextlib.suppress(RuntimeError):  # nobody waits any more
-            loop.call_soon_threadsafe(end)
+            loop.call_soon_threadsafe(settle)
 
     work.get_future().add_done_callback(tell)
     return done

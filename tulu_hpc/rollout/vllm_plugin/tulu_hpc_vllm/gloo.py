@@ -132,12 +132,11 @@ class GlooEngine(Safeguards, WeightTransferEngine):
                 self.model.load_weights([(name, tensor)])
 
     def finish_weight_update(self) -> None:
-        """Accept a complete update; buffers are given back whatever becomes of it."""
+        """Accept a complete update. Its buffers are kept for the next one."""
         try:
             super().finish_weight_update()
         finally:
             self._unloaded = []
-            self._buffers.clear()
 
     def shutdown(self) -> None:
         """Leave the group."""

@@ -9,7 +9,10 @@ import torch
 
 
 class HostBuffers:
-    """Hands out memory and takes it back once no tensor refers to it, whoever kept one."""
+    """Hands out memory and takes it back once no tensor refers to it: vLLM keeps tensors until their layer is whole.
+
+    Nothing is given back to the system. That is two or three buffers of the largest bucket.
+    """
 
     def __init__(self) -> None:
         self._free: list[np.ndarray] = []
@@ -25,7 +28,3 @@ class HostBuffers:
         lease = memory[:size]  # an object of its own, which lives as long as the last tensor made of it
         weakref.finalize(lease, self._free.append, memory)
         return torch.from_numpy(lease)
-
-    def clear(self) -> None:
-        """Give back what is not in use."""
-        self._free.clear()
