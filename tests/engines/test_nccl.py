@@ -90,7 +90,7 @@ class Workers:
         return VllmEngine(
             [self.address],
             vocab_size=100,
-            bucket_bytes=bucket_bytes,
+            bucket_bytes=2 * bucket_bytes,  # one is sent while another is gathered
             sync_timeout_seconds=seconds,
             channel=channel,
         )
@@ -202,7 +202,7 @@ def random_cases(workers: Workers, folder: Path, count: int) -> tuple[int, int]:
             assert isinstance(channel, NcclChannel)
             channel.close()  # the size is agreed when the group is opened
             channel.bucket_bytes = limit
-        engine.bucket_bytes = limit
+        engine.bucket_bytes = 2 * limit
         workers.stub.forget()
         asyncio.run(engine.update_weights(iter(sent.items()), case))
         workers.check_received(sent)

@@ -160,7 +160,8 @@ def small_server(worker: Worker) -> SmallServer:
 def engine_of(stub: Stub, seconds: float, *servers: SmallServer) -> VllmEngine:  # noqa: F811
     channel = partial(NcclChannel, library=str(stub.path), bucket_bytes=LIMIT, device=CPU, new_stream=stub.stream)
     addresses = [server.address for server in servers]
-    return VllmEngine(addresses, vocab_size=50, sync_timeout_seconds=seconds, bucket_bytes=LIMIT, channel=channel)
+    held = 2 * LIMIT  # a bucket is half of it
+    return VllmEngine(addresses, vocab_size=50, sync_timeout_seconds=seconds, bucket_bytes=held, channel=channel)
 
 
 @asynccontextmanager

@@ -18,7 +18,7 @@ from torch import Tensor
 from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.models.build import check_layout, unwrap
 from tulu_hpc.models.companions import copy_companions, write_config
-from tulu_hpc.models.host_memory import host_empty
+from tulu_hpc.models.host_tensors import host_empty
 from tulu_hpc.models.llama import Llama
 from tulu_hpc.models.names import SCORE, Mapping, Merged, hf_shapes, mapping, merge_shards, read_local
 from tulu_hpc.models.safetensors_files import HfDirectory, published, write_shards

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from tulu_hpc.config.architecture import Architecture
-from tulu_hpc.models.host_memory import host_empty
+from tulu_hpc.models.host_tensors import host_empty
 from tulu_hpc.models.scalar_head import Head
 
 Kind = Literal["vocab", "qkv", "gate_up", "columns", "whole"]

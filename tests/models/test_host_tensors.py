@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tulu_hpc.models.host_memory import host_empty
+from tulu_hpc.models.host_tensors import host_empty
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (0, 4), (1025, 2049)])
