@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,14 +18,14 @@ import torch
 from typer.testing import CliRunner
 
 from tests.parallel.forked import run_forked
-from tests.rlvr import tiny_rlvr
+from tests.rlvr import tiny_ppo, tiny_rlvr
 from tests.training import tiny_run
 from tulu_hpc.cli.main import app
 from tulu_hpc.config.loader import ConfigError
 from tulu_hpc.config.verbs import load_training_config
 from tulu_hpc.diagnostics.certificate import Certificate, Check, Difference
 from tulu_hpc.models.build import unwrap
-from tulu_hpc.stages import audit, reward_model, rlvr, rlvr_loss, sft
+from tulu_hpc.stages import audit, audit_model, audit_values, reward_model, rlvr, rlvr_loss, rlvr_values, sft
 from tulu_hpc.training import trainer as trainer_module
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -36,6 +37,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     inputs = tiny_rlvr.write_inputs(folder)
     rlvr_file = tiny_rlvr.rlvr_config(inputs, folder / "run").model_dump(mode="json", exclude_unset=True)
     tiny_run.write_config(rlvr_file, folder / "rlvr.yaml")
+    ppo_inputs = tiny_ppo.write_inputs(folder / "ppo")
+    ppo = tiny_ppo.ppo_config(ppo_inputs, folder / "run").model_dump(mode="json", exclude_unset=True)
+    tiny_run.write_config(ppo, folder / "ppo.yaml")
     for verb in ("sft", "dpo", "rm"):
         tiny_run.write_config(tiny_run.config(inputs, folder / "run", verb), folder / f"{verb}.yaml")
     return folder
@@ -81,8 +85,8 @@ def wrong_rope(patch: pytest.MonkeyPatch) -> None:
     after_loading(patch, change)
 
 
-def change_packs(patch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
-    step = audit.one_batch
+def change_packs(patch: pytest.MonkeyPatch, change: Callable[[Any], None], where: ModuleType = audit) -> None:
+    step = audit_model.one_batch
 
     def changed(*arguments: Any) -> Any:
         data = step(*arguments)
@@ -90,7 +94,7 @@ def change_packs(patch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> No
             change(pack)
         return data
 
-    patch.setattr(audit, "one_batch", changed)
+    patch.setattr(where, "one_batch", changed)
 
 
 def labels_off_by_one(patch: pytest.MonkeyPatch) -> None:
@@ -122,8 +126,9 @@ def readout_one_early(patch: pytest.MonkeyPatch) -> None:
 
 def wrong_head(patch: pytest.MonkeyPatch) -> None:
     def change(model: Any) -> None:
-        with torch.no_grad():
-            model.score.weight.mul_(1.001)
+        if getattr(model, "score", None) is not None:  # not a policy
+            with torch.no_grad():
+                model.score.weight.mul_(1.001)
 
     after_loading(patch, change)
 
@@ -167,6 +172,21 @@ def advantages_of_others(patch: pytest.MonkeyPatch) -> None:
     change_packs(patch, change)
 
 
+def values_one_late(patch: pytest.MonkeyPatch) -> None:
+    """Every value is read at its own token instead of before it."""
+
+    def change(pack: Any) -> None:
+        pack.hidden_row_K = (pack.hidden_row_K + 1).clamp(max=pack.num_rows - 1)
+
+    change_packs(patch, change, audit_values)
+
+
+def values_without_limit(patch: pytest.MonkeyPatch) -> None:
+    """The value loss forgets its clip range."""
+    terms = rlvr_values.value_terms
+    patch.setattr(rlvr_values, "value_terms", lambda *given, clip, **named: terms(*given, clip=None, **named))
+
+
 # number of processes -> fault -> (how it is planted, verb, overrides, first check that fails, where)
 FAULTS: dict[int, dict[str, tuple[Plant, str, list[str], str, str]]] = {
     1: {
@@ -183,6 +203,15 @@ FAULTS: dict[int, dict[str, tuple[Plant, str, list[str], str, str]]] = {
         "rlvr divisor": (wrong_count, "rlvr", [], "loss", "the batch"),
         "rlvr temperature": (wrong_temperature, "rlvr", [], "logprobs", "sample 0"),
         "rlvr advantages": (advantages_of_others, "rlvr", [], "loss", "the batch"),
+        "value rows": (
+            values_one_late,
+            "ppo",
+            ["train.prefix_sharing=false"],
+            "value model hidden",
+            "model.embed_tokens",
+        ),
+        "value clip": (values_without_limit, "ppo", [], "value model loss", "the batch"),
+        "value head": (wrong_head, "ppo", [], "value model weights", "score.weight"),
         "rlvr q/k groups": (swap_query_groups, "rlvr", [], "weights", "model.layers.1.self_attn.q_proj.weight"),
     },
     2: {
@@ -254,6 +283,9 @@ def test_it_holds_at_several_layouts(files: Path) -> None:
             ("rlvr", ["rlvr.kind=gspo", "rlvr.importance=sequence", "rlvr.importance_mode=mask"], {"layers": 1}),
             ("rlvr", ["rlvr.kind=cispo", "rlvr.kl_coef=0.1", "rlvr.kl_kind=k2"], {}),
             ("rlvr", ["rlvr.kind=dr_grpo", "rlvr.importance=geometric"], {"dtype": "bfloat16"}),
+            ("ppo", ["train.pack_rows=64", "value.recompute=full"], {}),
+            ("ppo", ["value.clip=null", "value.new_head=true", f"value.model.path={files}/ppo/small"], {"layers": 1}),
+            ("ppo", [], {"dtype": "bfloat16"}),
             ("sft", ["sft.neftune_alpha=5", "model.dtype=bfloat16", "optimizer.gradient_dtype=bfloat16"], {}),
         ],
         2: [
@@ -268,6 +300,10 @@ def test_it_holds_at_several_layouts(files: Path) -> None:
             ("rlvr", ["parallel.tensor=2", "rlvr.kind=rloo"], {}),
             ("rlvr", ["parallel.pipeline=2"], {}),
             ("rlvr", ["rlvr.old_logprobs=trainer", "rlvr.normalisation=sequence_mean"], {}),
+            ("ppo", ["parallel.tensor=2", "value.parallel.pipeline=2"], {}),
+            ("ppo", ["parallel.pipeline=2", "value.parallel.context=2"], {}),
+            ("ppo", ["value.parallel.tensor=2"], {}),
+            ("ppo", [], {}),
         ],
     }
     packs: dict[tuple[Any, ...], int] = {}
@@ -277,8 +313,10 @@ def test_it_holds_at_several_layouts(files: Path) -> None:
             layers = options.get("layers", 2)
             counts = {check.name: len(check.differences) for check in certificate.checks}
             assert counts["hidden"] == layers + 2 and counts["weights"] == counts["gradients"] == 3 + 9 * layers
-            responses = {"sft": 6, "rlvr": 24}.get(verb, 12)
+            responses = {"sft": 6, "ppo": 6, "rlvr": 24}.get(verb, 12)
             assert counts["scores" if verb == "rm" else "logprobs"] == responses
+            assert counts.get("value model values") == (responses if verb == "ppo" else None)
+            assert counts.get("value model gradients") == (3 + 9 * layers if verb == "ppo" else None)
             packs[verb, world, *overrides] = certificate.subject["packs"]
     alone, staged = packs["sft", 1, "sft.normalisation=token_mean"], packs["sft", 2, "parallel.pipeline=2"]
     assert alone == staged > 0, "both stages have the same packs"

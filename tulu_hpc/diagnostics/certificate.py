@@ -30,7 +30,8 @@ class Check:
     """One kind of comparison over the whole model, in the order in which the model computes.
 
     Attributes:
-        name: weights, hidden, logprobs, loss or gradients.
+        name: weights, hidden, logprobs (scores, values), loss or gradients; `value model ` is before it for the second
+            model of ppo.
         measure: what the values are, in words.
         tolerance: largest value that passes.
         differences: at least one, in the model's order.
@@ -137,7 +138,7 @@ class Certificate:
             (each.place, f"{each.value:.3g}", "" if each.within(check.tolerance) else "differs")
             for each in check.differences
         ]
-        return section(check.name, check.name, table(("place", check.measure, ""), rows))
+        return section(check.name.replace(" ", "-"), check.name, table(("place", check.measure, ""), rows))
 
     def write(self, directory: Path) -> tuple[Path, Path]:
         """Write `audit.json` and `audit.html`; returns their paths."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import random
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tulu_hpc.config.architecture import Architecture
@@ -20,55 +19,33 @@ from tulu_hpc.config.run_directory import RunDirectory
 from tulu_hpc.config.schema import DpoConfig, RewardModelConfig, RlvrConfig, SftConfig
 from tulu_hpc.config.sections import ModelSection
 from tulu_hpc.config.verbs import TrainingConfig
-from tulu_hpc.data.loader import ItemLoader, StepData
+from tulu_hpc.data.loader import StepData
 from tulu_hpc.data.packed_batch import Item
 from tulu_hpc.data.readout import with_readout
 from tulu_hpc.data.tokenizer import load_tokenizer, padding_id
-from tulu_hpc.diagnostics import compare, hugging_face
-from tulu_hpc.diagnostics.certificate import Certificate, Check, Difference
+from tulu_hpc.diagnostics import hugging_face
+from tulu_hpc.diagnostics.certificate import Certificate, Check
 from tulu_hpc.diagnostics.hugging_face import Truth
-from tulu_hpc.models.convert import copy_companions, iter_hf_tensors, write_config
+from tulu_hpc.models.convert import copy_companions, write_config
 from tulu_hpc.models.model_files import is_imported
 from tulu_hpc.models.names import SCORE, hf_shapes
 from tulu_hpc.models.safetensors_files import HfDirectory, published, write_shards
 from tulu_hpc.models.scalar_head import Head, new_head_weight
-from tulu_hpc.objectives.terms import Terms
 from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.failures import shared_writing
 from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.stages import audit_rlvr, dpo, reward_model, rlvr, rlvr_loss, sft, training_run
 from tulu_hpc.stages.audit_losses import pair_loss, score_loss, sft_loss
+from tulu_hpc.stages.audit_model import TOLERANCES, AuditedModel, Tolerances, compared, one_batch
+from tulu_hpc.stages.audit_values import value_checks
 from tulu_hpc.stages.training_data import kind_of, read_items, weight_field_of
 from tulu_hpc.stages.training_run import Run
 from tulu_hpc.training import reference
 from tulu_hpc.training.normalisation import global_counts
-from tulu_hpc.training.runner import LossFn, row_multiple
+from tulu_hpc.training.runner import LossFn
 from tulu_hpc.training.trainer import Trainer, build_trainer
 
 AuditedConfig = TrainingConfig
-
-
-@dataclass(frozen=True)
-class Tolerances:
-    """Largest differences that pass; Hugging Face always runs in fp32.
-
-    hidden: of max|truth| per stage. logprobs: absolute, nats. loss: relative. gradients: per tensor, relative.
-    gradient_measure: "max" or "norm" (`compare.gradient_differences`).
-    """
-
-    hidden: float
-    logprobs: float
-    loss: float
-    gradients: float
-    gradient_measure: str
-
-
-# fp32: rounding through a few dozen layers, a hundred times less than the smallest fault. bf16: 8 bits per number,
-# random in sign, so that norms say more than extremes.
-TOLERANCES = {
-    "float32": Tolerances(hidden=1e-4, logprobs=2e-4, loss=1e-5, gradients=2e-4, gradient_measure="max"),
-    "bfloat16": Tolerances(hidden=6e-2, logprobs=0.5, loss=2e-2, gradients=0.1, gradient_measure="norm"),
-}
 
 
 def run(
@@ -94,23 +71,27 @@ def run(
     """
     if isinstance(config, RlvrConfig):
         audit_rlvr.check(config, dtype)
-    if is_imported(Path(config.model.path)):
-        raise ConfigError(f"model.path: {config.model.path} is an imported checkpoint; the audit needs what it is of")
-    if config.model.fp8 != "none" and dtype != "bfloat16":
-        raise ConfigError(f"model.fp8 is {config.model.fp8}: audit with --dtype config, fp8 needs bfloat16 around it")
-    model = config.model.model_copy(update={"dtype": dtype})
-    groups, architecture = training_run.join(config.model_copy(update={"model": model}))
-    if layers is not None and layers < architecture.num_hidden_layers:
-        model, architecture = first_layers(model, architecture, layers, output / "model", groups)
-    audited = comparable(config.model_copy(update={"model": model}))
-    run = Run("audit", audited, groups, RunDirectory(output), architecture)
+    for key, model in audited_models(config).items():
+        if is_imported(Path(model.path)):
+            raise ConfigError(f"{key}.path: {model.path} is an imported checkpoint; the audit needs what it is of")
+        if model.fp8 != "none" and dtype != "bfloat16":
+            raise ConfigError(f"{key}.fp8 is {model.fp8}: audit with --dtype config, fp8 needs bfloat16 around it")
+    groups, _ = training_run.join(with_models(config, {"model": {"dtype": dtype}}))
+    changes: dict[str, dict[str, Any]] = {}
+    for key, model in audited_models(config).items():
+        changes[key] = {"dtype": dtype}
+        if layers is not None and layers < training_run.read_architecture(model).num_hidden_layers:
+            changes[key] |= {"path": str(first_layers(model, layers, output / key, groups)), "architecture": None}
+    audited = comparable(with_models(config, changes))
+    run = Run("audit", audited, groups, RunDirectory(output), training_run.read_architecture(audited.model))
     items, pad_id = sample(run, audited, rows, max_tokens)
     truth = one_process_truth(run, audited, items)
     if isinstance(audited, RlvrConfig):
         items = audit_rlvr.with_logprobs(audited, items, truth)
-    trainer = audited_trainer(run, audited)
-    data = one_batch(run, audited, items, pad_id)
-    checks = list(compared(run, audited, trainer, data, truth, TOLERANCES[dtype]))
+    data = one_batch(items, audited, audited.parallel, groups, run.architecture, pad_id)
+    checks = trained_model_checks(run, audited, data, truth, TOLERANCES[dtype])
+    if isinstance(audited, RlvrConfig) and audited.value is not None:
+        checks += value_checks(run, audited, items, pad_id, TOLERANCES[dtype])
     certificate = Certificate(
         subject=subject(run, audited, items, data, dtype),
         versions=_versions(),
@@ -120,10 +101,28 @@ def run(
     certificate = groups.broadcast_object(certificate if groups.is_main else None)
     with shared_writing(groups, f"the certificate ({output})"):
         if groups.is_main:
-            if layers is not None:
-                shutil.rmtree(output / "model", ignore_errors=True)
+            for key, change in changes.items():
+                if "path" in change:
+                    shutil.rmtree(output / key, ignore_errors=True)
             certificate.write(output)
     return certificate
+
+
+def audited_models(config: AuditedConfig) -> dict[str, ModelSection]:
+    """What is compared, by key of the file."""
+    models = {"model": config.model}
+    if isinstance(config, RlvrConfig) and config.value is not None:
+        models["value.model"] = config.value.model
+    return models
+
+
+def with_models(config: AuditedConfig, changes: Mapping[str, Mapping[str, Any]]) -> AuditedConfig:
+    """The file with changes to sections of `audited_models`."""
+    models = {key: model.model_copy(update=changes.get(key, {})) for key, model in audited_models(config).items()}
+    update: dict[str, Any] = {"model": models["model"]}
+    if isinstance(config, RlvrConfig) and config.value is not None:
+        update["value"] = config.value.model_copy(update={"model": models["value.model"]})
+    return config.model_copy(update=update)
 
 
 def comparable(config: AuditedConfig) -> AuditedConfig:
@@ -131,20 +130,21 @@ def comparable(config: AuditedConfig) -> AuditedConfig:
     changes: dict[str, Any] = {}
     if config.model.dtype == "float32":
         changes["optimizer"] = config.optimizer.model_copy(update={"gradient_dtype": "float32"})
+        if isinstance(config, RlvrConfig) and config.value is not None:
+            optimizer = config.value.optimizer.model_copy(update={"gradient_dtype": "float32"})
+            changes["value"] = config.value.model_copy(update={"optimizer": optimizer})
     if isinstance(config, SftConfig):
         changes["sft"] = config.sft.model_copy(update={"neftune_alpha": 0.0})
     return config.model_copy(update=changes)
 
 
-def first_layers(
-    model: ModelSection, architecture: Architecture, layers: int, target: Path, groups: Groups
-) -> tuple[ModelSection, Architecture]:
+def first_layers(model: ModelSection, layers: int, target: Path, groups: Groups) -> Path:
     """A copy of the model's first layers, with embedding, final norm and head, at `target`."""
-    short = architecture.model_copy(update={"num_hidden_layers": layers})
+    short = training_run.read_architecture(model).model_copy(update={"num_hidden_layers": layers})
     with shared_writing(groups, f"the model's first layers ({target})"):
         if groups.is_main:
             _write_first_layers(Path(model.path), short, target)
-    return model.model_copy(update={"path": str(target), "architecture": None}), short
+    return target
 
 
 def _write_first_layers(source: Path, short: Architecture, target: Path) -> None:
@@ -238,45 +238,11 @@ def audited_trainer(run: Run, config: AuditedConfig) -> Trainer:
     return trainer
 
 
-def one_batch(run: Run, config: AuditedConfig, items: list[Item], pad_id: int) -> StepData:
-    """All samples as one global batch, packed and dealt as training would."""
-    return ItemLoader(
-        items,
-        global_batch_size=len(items),
-        seed=config.run.seed,
-        steps=1,
-        shuffle=False,
-        dp_rank=run.groups.dp_rank,
-        dp_size=run.groups.dp_size,
-        pack_rows=config.train.pack_rows,
-        multiple=row_multiple(run.groups.layout, config.parallel.context_split),
-        share=config.train.prefix_sharing,
-        pad_id=pad_id,
-        cost=training_run.item_cost(run.architecture, share=config.train.prefix_sharing),
-    ).next_step()
-
-
-def compared(
-    run: Run, config: AuditedConfig, trainer: Trainer, data: StepData, truth: Truth, allowed: Tolerances
+def trained_model_checks(
+    run: Run, config: AuditedConfig, data: StepData, truth: Truth, allowed: Tolerances
 ) -> list[Check]:
-    """Every check, in the order in which a fault shows. Complete on global rank 0. Collective."""
-    groups, architecture = run.groups, run.architecture
-    stored = iter_hf_tensors(trainer.models, architecture, groups)
-    weights = compare.weight_differences(stored, config.model.path, drawn_tensors(run, config))
-    layers = architecture.num_hidden_layers
-    with compare.captured(trainer.models, layers) as outputs:
-        scores = isinstance(config, RewardModelConfig)
-        logprobs = trainer.runner.values(data.packs) if scores else trainer.runner.logprobs(data.packs)
-    batches = trainer.runner.prepare(data.packs)
-    hidden = compare.hidden_differences(
-        outputs,
-        batches,
-        truth,
-        groups,
-        layers=layers,
-        sequence_parallel=groups.layout.sequence_parallel,
-    )
-    scored = compare.logprob_differences(data.packs, logprobs, truth, groups)
+    """Of the model that the file trains. Complete on global rank 0. Collective."""
+    trainer, groups = audited_trainer(run, config), run.groups
     loss_fn: LossFn
     if isinstance(config, SftConfig):
         loss_fn = sft.batch_loss(run, config, data)
@@ -286,36 +252,15 @@ def compared(
         loss_fn = rlvr_loss.policy_loss(config, groups, global_counts(data.packs, groups))
     else:
         loss_fn = reward_model.batch_loss(run, data, ())
-    trainer.zero_grad()
-    terms = trainer.runner.forward_backward(batches, loss_fn)
-    loss = global_loss(groups, terms, whole_on_every_context_rank=isinstance(config, DpoConfig | RewardModelConfig))
-    with compare.gradients_as_parameters(trainer.chunks, groups):
-        stream = iter_hf_tensors(trainer.models, architecture, groups)
-        gradients, remark = compare.gradient_differences(stream, truth, measure=allowed.gradient_measure)
-    relative = abs(loss - truth.loss) / max(abs(truth.loss), 1e-30)
-    measure = "max|d| / max|truth|" if allowed.gradient_measure == "max" else "|d| / |truth|"
-    return [
-        Check("weights", "max|d|", 0.0, weights),
-        Check("hidden", "max|d| / max|truth|", allowed.hidden, hidden),
-        Check("scores" if scores else "logprobs", "max|d|" if scores else "max|d|, nats", allowed.logprobs, scored),
-        Check("loss", "|d| / |truth|", allowed.loss, [Difference(f"the batch ({loss:.6g})", relative)], remark),
-        Check("gradients", measure, allowed.gradients, gradients, remark),
-    ]
-
-
-def global_loss(groups: Groups, terms: Sequence[Terms], *, whole_on_every_context_rank: bool) -> float:
-    """Sum over micro-batches and ranks of what each contributes to the loss."""
-    counts = groups.is_last_stage and groups.tp_rank == 0 and (groups.cp_rank == 0 or not whole_on_every_context_rank)
-    mine = sum(float(each.loss) for each in terms) if counts else 0.0
-    total = torch.tensor(mine, dtype=torch.float64, device=default_device())
-    if groups.world_size > 1:
-        dist.all_reduce(total)
-    return float(total)
+    answer: Literal["scores", "logprobs"] = "scores" if isinstance(config, RewardModelConfig) else "logprobs"
+    drawn = drawn_tensors(run, config)
+    model = AuditedModel(trainer, groups, run.architecture, config.model.path, answer=answer, drawn=drawn)
+    pairs = isinstance(config, DpoConfig | RewardModelConfig)
+    return compared(model, data, truth, loss_fn, allowed, whole_on_every_context_rank=pairs)
 
 
 def subject(run: Run, config: AuditedConfig, items: Sequence[Item], data: StepData, dtype: str) -> dict[str, Any]:
     """What the certificate is about. Collective."""
-    fingerprint = reference.weights_fingerprint(Path(config.model.path), run.groups, dtype=dtype)
     groups = run.groups
     counts = groups.tp_rank == groups.cp_rank == groups.pp_rank == 0  # a replica's other ranks have the same packs
     packs = sum(groups.all_gather_object(len(data.packs) if counts else 0))
@@ -325,9 +270,12 @@ def subject(run: Run, config: AuditedConfig, items: Sequence[Item], data: StepDa
         f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, virtual {parallel.virtual_pipeline or 1}, context "
         f"{parallel.context}, sequence parallel {parallel.sequence_parallel}, data {run.groups.dp_size}"
     )
-    return {
-        "model": config.model.path,
-        "model_hash": fingerprint,
+    about: dict[str, Any] = {}
+    for key, model in audited_models(config).items():
+        name = key.replace(".", "_")
+        about[name] = model.path
+        about[f"{name}_hash"] = reference.weights_fingerprint(Path(model.path), groups, dtype=dtype)
+    return about | {
         "layers": run.architecture.num_hidden_layers,
         "layout": layout,
         "processes": run.groups.world_size,
