@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tulu_hpc.config.schema import MixSection
 from tulu_hpc.data.mixing import MixResult, Source, mix
 from tulu_hpc.data.records import read_records
 from tulu_hpc.data.rows import RecordError, write_jsonl
@@ -69,6 +70,29 @@ def test_rows_of_a_mixture_are_records_of_its_kind(tmp_path: Path, kind) -> None
     assert (after.id, after.source, before.source) == (before.id, "new", "old")
     if kind == "rlvr":
         assert (result.rows[0]["ground_truth"], result.rows[0]["dataset"]) == ("1", "gsm8k")
+
+
+@pytest.mark.parametrize("kind", ["preference", "labelled"])
+def test_a_mixture_keeps_the_weights(tmp_path: Path, kind) -> None:  # type: ignore[no-untyped-def]
+    row = {"preference": {"chosen": "b", "rejected": "c"}, "labelled": {"completion": "b", "label": True}}[kind]
+    source = [Source("in", str(tmp_path / "in.jsonl"))]
+    write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"{i}", **row, "worth": i / 4} for i in range(4)])
+    rows = mix(source, kind, 0, weight_field="worth").rows
+    assert {each["prompt"][0]["content"]: each["worth"] for each in rows} == {f"{i}": i / 4 for i in range(4)}
+    write_jsonl(tmp_path / "out.jsonl", rows)
+    again = read_records(tmp_path / "out.jsonl", kind, weight_field="worth")
+    before = read_records(tmp_path / "in.jsonl", kind, weight_field="worth")
+    assert {each.id for each in again} == {each.id for each in before}, "the weight is a part of the id"
+    with pytest.raises(RecordError, match=r"in.jsonl:1: value: is missing, it is the weight of the row"):
+        mix(source, kind, 0, weight_field="value")
+
+
+def test_weights_that_no_row_can_have() -> None:
+    values = {"sources": [{"name": "a", "path": "a"}], "output": "o", "weight_field": "label"}
+    with pytest.raises(ValueError, match="'label', which holds something else"):
+        MixSection.model_validate(values | {"kind": "labelled"})
+    with pytest.raises(ValueError, match="rows of kind sft have no weight"):
+        MixSection.model_validate(values)
 
 
 def test_problems_are_named(tmp_path: Path) -> None:

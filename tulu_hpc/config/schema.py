@@ -217,6 +217,21 @@ class MixSection(Section):
     output: str
     kind: Literal["sft", "preference", "labelled", "rlvr"] = "sft"
     on_error: Literal["raise", "skip"] = "raise"
+    weight_field: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Of preference and labelled rows: the field with their weight, which the mixture keeps under this "
+        "name (`dpo.weight_field`). Every row must have it.",
+    )
+
+    @model_validator(mode="after")
+    def _weights(self) -> Self:
+        if self.weight_field is not None and self.kind not in ("preference", "labelled"):
+            raise ValueError(f"weight_field: rows of kind {self.kind} have no weight")
+        taken = ("prompt", "chosen", "rejected", "completion", "label", "tools", "source", "id")
+        if self.weight_field in taken:
+            raise ValueError(f"weight_field is {self.weight_field!r}, which holds something else in every row")
+        return self
 
 
 class MixConfig(Section):

@@ -58,12 +58,20 @@ class MixResult:
 
 
 def mix(
-    sources: Sequence[Source], kind: RecordKind, seed: int, *, on_error: Literal["raise", "skip"] = "raise"
+    sources: Sequence[Source],
+    kind: RecordKind,
+    seed: int,
+    *,
+    on_error: Literal["raise", "skip"] = "raise",
+    weight_field: str | None = None,
 ) -> MixResult:
     """Draw from each source and shuffle everything together.
 
     Each source is drawn with a generator of its own (seed and name), so that adding or resizing a source leaves the
     rows drawn from the others as they were. A fraction above 1 repeats the whole source and draws the rest.
+
+    Args:
+        weight_field: of preference and labelled rows, the field with their weight, which the mixture keeps.
 
     Raises:
         RecordError: a malformed row, unless `on_error` is "skip".
@@ -78,7 +86,7 @@ def mix(
     for source in sources:
         if source.count is not None and source.fraction is not None:
             raise ValueError(f"mix.sources: {source.name!r} has both a count and a fraction")
-        records = read_records(source.path, kind, on_error=on_error)
+        records = read_records(source.path, kind, on_error=on_error, weight_field=weight_field)
         order = list(range(len(records)))
         random.Random(f"{seed}/{source.name}").shuffle(order)
         wanted = len(records)
@@ -88,7 +96,7 @@ def mix(
             wanted = round(source.fraction * len(records))
         available = wanted if source.fraction is not None else min(wanted, len(records))
         taken = [records[order[i % len(order)]] for i in range(available)]
-        rows += [to_row(record, source.name) for record in taken]
+        rows += [to_row(record, source.name, weight_field) for record in taken]
         skipped += records.skipped
         statistics.append(
             SourceStatistics(
@@ -111,8 +119,8 @@ def mix(
     return MixResult(rows, statistics, skipped)
 
 
-def to_row(record: AnyRecord, source: str) -> dict[str, Any]:
-    """The JSON object of a record, in the schema it was read from."""
+def to_row(record: AnyRecord, source: str, weight_field: str | None = None) -> dict[str, Any]:
+    """The JSON object of a record, in the schema it was read from; its weight under `weight_field`."""
     if isinstance(record, SftRecord):
         body: dict[str, Any] = {"messages": message_dicts(record.messages)}
     elif isinstance(record, PreferenceRecord):
@@ -134,6 +142,8 @@ def to_row(record: AnyRecord, source: str) -> dict[str, Any]:
         body["dataset"] = record.dataset[0] if plain else record.dataset
     if record.tools:
         body["tools"] = list(record.tools)
+    if weight_field is not None and isinstance(record, PreferenceRecord | LabelledRecord):
+        body[weight_field] = record.weight
     return {**body, "source": source, "id": record.id}
 
 

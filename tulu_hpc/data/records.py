@@ -127,6 +127,14 @@ def read_records(
     on_error: Literal["raise", "skip"] = "raise",
     check: Callable[[RlvrRecord], None] | None = None,
 ) -> RecordSet[RlvrRecord]: ...
+@overload
+def read_records(
+    path: str | Path,
+    kind: RecordKind,
+    *,
+    on_error: Literal["raise", "skip"] = "raise",
+    weight_field: str | None = None,
+) -> RecordSet[Any]: ...
 def read_records(
     path: str | Path,
     kind: RecordKind,

@@ -24,7 +24,7 @@ def run(config: MixConfig) -> Path:
     section = config.mix
     sources = [Source(s.name, s.path, s.count, s.fraction) for s in section.sources]
     output, statistics = outputs_of(config)
-    result = mix(sources, section.kind, config.run.seed, on_error=section.on_error)
+    result = mix(sources, section.kind, config.run.seed, on_error=section.on_error, weight_field=section.weight_field)
     write_jsonl(output, result.rows)
     statistics.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
     headers = ["source", "rows", "skipped", "taken", "repeated", "missing", "share", "turns", "characters"]
