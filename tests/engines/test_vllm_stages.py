@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from tests.engines import vllm_server as real
 from tests.rlvr import tiny_rlvr
 from tests.rlvr.tiny_rlvr import eval_config, in_processes, prefer_config
 from tests.rollout.conformance import check_engine
+from tests.training import tiny_run
+from tulu_hpc.config.schema import EvalConfig, SftConfig
 from tulu_hpc.data.tokenizer import load_tokenizer
+from tulu_hpc.rollout.engine import Completion, Request
 from tulu_hpc.rollout.server import Server
 from tulu_hpc.rollout.vllm import VllmEngine
-from tulu_hpc.stages import evaluate, prefer
+from tulu_hpc.stages import evaluate, prefer, sft
 
 pytestmark = [real.needs_vllm, pytest.mark.timeout(300)]
 
@@ -54,6 +58,10 @@ def greedy_of(tasks: Any) -> Any:
     return {name: (task["prompts"], task["scores"]["greedy"]) for name, task in tasks.items()}
 
 
+def first_answers(tasks: Any) -> list[Any]:
+    return [each for task in tasks.values() for each in task["completions"] if each["mode"] == "greedy"]
+
+
 def served_by(server: Server) -> dict[str, Any]:
     return {"rollout__engine": "vllm", "rollout__vllm": {"servers": [str(server.address)]}}
 
@@ -66,11 +74,7 @@ def test_scores_are_those_of_the_embedded_engine(inputs: Path, tmp_path: Path, s
     in_processes(evaluate.run, eval_config(inputs, tmp_path / "vllm", **common, **served_by(server)), world)
     ours, theirs = results(tmp_path / "ours"), results(tmp_path / "vllm")
     assert greedy_of(ours) == greedy_of(theirs)
-    answers = [
-        [each for task in tasks.values() for each in task["completions"] if each["mode"] == "greedy"]
-        for tasks in (ours, theirs)
-    ]
-    assert answers[0] == answers[1] and answers[0]
+    assert first_answers(ours) == first_answers(theirs) and first_answers(ours)
 
 
 def test_a_server_of_its_own(inputs: Path, tmp_path: Path) -> None:
@@ -79,6 +83,48 @@ def test_a_server_of_its_own(inputs: Path, tmp_path: Path) -> None:
     in_processes(evaluate.run, eval_config(inputs, tmp_path / "ours"))
     in_processes(evaluate.run, config)
     assert greedy_of(results(tmp_path / "ours")) == greedy_of(results(tmp_path / "vllm"))
+
+
+def test_a_checkpoint_read_by_two_ranks(inputs: Path, tmp_path: Path, server: Server) -> None:
+    """The server gets what two tensor-parallel ranks read from a checkpoint; its export is gone afterwards."""
+    values = tiny_run.config(inputs, tmp_path / "run", "sft", optimizer__lr=0.02, train__steps=4)
+    in_processes(sft.run, SftConfig.model_validate(values))
+    two = {"model__path": str(tmp_path / "run"), "parallel__tensor": 2}
+    in_processes(evaluate.run, eval_config(inputs, tmp_path / "start", **served_by(server)))
+    in_processes(evaluate.run, eval_config(inputs, tmp_path / "ours", **two), 2)
+    in_processes(evaluate.run, eval_config(inputs, tmp_path / "vllm", **two, **served_by(server)), 2)
+    start, ours, theirs = (results(tmp_path / name) for name in ("start", "ours", "vllm"))
+    assert greedy_of(ours) == greedy_of(theirs)
+    assert first_answers(ours) == first_answers(theirs) != first_answers(start)
+    assert not list(tmp_path.rglob("weights-*"))
+
+
+def evaluate_and_kill(config: EvalConfig) -> None:
+    """The run's own server is killed while it generates."""
+    generate, killed = VllmEngine.generate, []
+
+    async def kill_meanwhile(engine: VllmEngine, requests: Sequence[Request]) -> list[Completion]:
+        under_way = asyncio.create_task(generate(engine, requests))
+        if not killed:
+            await asyncio.sleep(0.1)
+            killed.append(real.processes(engine.own[0])[-1].pid)
+            os.killpg(os.getpgid(killed[0]), signal.SIGKILL)
+        return await under_way
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VllmEngine, "generate", kill_meanwhile)
+        evaluate.run(config)
+    assert killed
+
+
+def test_a_server_that_is_killed(inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    vllm = {"python": str(real.PYTHON), "kv_cache_mib": 64}
+    options = {"rollout__max_sequences": 2, "rollout__max_new_tokens": 60}
+    in_processes(evaluate.run, eval_config(inputs, tmp_path / "ours", **options))
+    served = eval_config(inputs, tmp_path / "vllm", rollout__engine="vllm", rollout__vllm=vllm, **options)
+    in_processes(evaluate_and_kill, served)
+    assert greedy_of(results(tmp_path / "ours")) == greedy_of(results(tmp_path / "vllm"))
+    assert "was dead and has been started again" in capfd.readouterr().out
 
 
 def test_preferences(inputs: Path, tmp_path: Path, server: Server) -> None:
