@@ -32,7 +32,7 @@ from tulu_hpc.rollout.engine import EngineError
 from tulu_hpc.rollout.http import Address, request
 from tulu_hpc.rollout.nccl_sync import Dialect, NcclChannel, aligned, pickled_unique_id
 from tulu_hpc.rollout.vllm import VllmEngine
-from tulu_hpc.rollout.weight_sync import buckets
+from tulu_hpc.rollout.weight_buckets import buckets
 
 pytestmark = [real.needs_vllm, pytest.mark.timeout(300)]
 PLUGIN = Path(__file__).parents[2] / "tulu_hpc" / "rollout" / "vllm_plugin"

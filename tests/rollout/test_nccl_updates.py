@@ -30,7 +30,7 @@ from tulu_hpc.rollout.engine import EngineError
 from tulu_hpc.rollout.nccl import Communicator, Library
 from tulu_hpc.rollout.nccl_sync import Dialect, NcclChannel, aligned, dialect_of, pickled_unique_id
 from tulu_hpc.rollout.vllm import VllmEngine
-from tulu_hpc.rollout.weight_sync import buckets
+from tulu_hpc.rollout.weight_buckets import buckets
 
 CPU = torch.device("cpu")
 LIMIT = 100

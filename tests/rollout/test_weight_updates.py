@@ -19,7 +19,7 @@ from tulu_hpc.config.architecture import Architecture
 from tulu_hpc.models.names import hf_shapes
 from tulu_hpc.rollout.engine import EngineError
 from tulu_hpc.rollout.vllm import VllmEngine
-from tulu_hpc.rollout.weight_sync import Bucket, buckets
+from tulu_hpc.rollout.weight_buckets import Bucket, buckets
 
 PLUGIN = Path(__file__).parents[2] / "tulu_hpc" / "rollout" / "vllm_plugin" / "tulu_hpc_vllm"
 

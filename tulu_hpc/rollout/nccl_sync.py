@@ -25,7 +25,8 @@ from torch import Tensor
 
 from tulu_hpc.rollout.http import Address
 from tulu_hpc.rollout.nccl import Communicator, Library, NcclError, Pending, Stream
-from tulu_hpc.rollout.weight_sync import Bucket, Channel, SyncError, local_address, open_store
+from tulu_hpc.rollout.weight_buckets import Bucket
+from tulu_hpc.rollout.weight_sync import Channel, SyncError, local_address, open_store
 
 NOT_RUN = "this path has not been run on NCCL, only on a library of the same interface on the CPU"
 _POLL_SECONDS = 0.0005

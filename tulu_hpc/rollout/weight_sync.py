@@ -1,11 +1,11 @@
 """New weights for running vLLM servers under Hugging Face names: bucket by bucket over gloo (or NCCL: `nccl_sync`), or
 from files.
 
-The weights come as a stream of whole tensors; one bucket is held at a time. Every server has a group of its own, so a
-server that dies in an update does not take the others with it. An update always pauses the server (requests in flight
-are frozen and go on under the new weights) and always clears its caches: keys and values of the old weights would give
-log-probs of no policy at all. While it lasts the server's version is "dirty", and a server whose update broke off stays
-paused until a later one has come through.
+The weights come as a stream of whole tensors in buckets (`weight_buckets`); one is sent while the next is filled. Every
+server has a group of its own, so a server that dies in an update does not take the others with it. An update always
+pauses the server (requests in flight are frozen and go on under the new weights) and always clears its caches: keys and
+values of the old weights would give log-probs of no policy at all. While it lasts the server's version is "dirty", and
+a server whose update broke off stays paused until a later one has come through.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import contextlib
 import socket
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor
 from tulu_hpc.models.safetensors_files import HfDirectory
 from tulu_hpc.rollout.http import Address, HttpError, request
 from tulu_hpc.rollout.server import probe
+from tulu_hpc.rollout.weight_buckets import Bucket, buckets
 
 DIRTY = "dirty"
 _CONTROL_SECONDS = 30.0
@@ -35,49 +35,6 @@ _POLL_SECONDS = 0.0005
 
 class SyncError(RuntimeError):
     """An update did not come through; the server keeps no usable weights until a later one does."""
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Some tensors as bytes, in order.
-
-    Attributes:
-        metadata: name, dtype and shape of each.
-        parts: uint8, the bytes of each; where they can be, views of the tensors.
-    """
-
-    metadata: list[tuple[str, torch.dtype, tuple[int, ...]]]
-    parts: list[Tensor]
-
-    def announcement(self) -> dict[str, Any]:
-        """Body of /update_weights."""
-        return {
-            "update_info": {
-                "names": [name for name, _, _ in self.metadata],
-                "dtype_names": [str(dtype).removeprefix("torch.") for _, dtype, _ in self.metadata],
-                "shapes": [list(shape) for _, _, shape in self.metadata],
-            }
-        }
-
-
-def buckets(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterable[Bucket]:
-    """Put tensors (on the host) into buckets of at most `limit` bytes; a larger tensor is a bucket of its own.
-
-    Nothing is packed: a bucket holds the tensors' own memory. Beside the bucket that was handed out last, the one that
-    is being filled and the tensor at hand, no tensor is held.
-    """
-    bucket, used = Bucket([], []), 0
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if bucket.parts and used + size > limit:
-            yield bucket
-            bucket, used = Bucket([], []), 0
-        bucket.metadata.append((name, tensor.dtype, tuple(tensor.shape)))
-        bucket.parts.append(tensor.detach().contiguous().view(-1).view(torch.uint8))
-        used += size
-        del tensor  # before the next one is gathered
-    if bucket.parts:
-        yield bucket
 
 
 class Channel:
