@@ -2,6 +2,7 @@
 
 import json
 import platform
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -70,8 +71,19 @@ def launch(
 ) -> None:
     """A whole benchmark: the lines of every shape that the command line asks for, the goals, and `report`."""
     run = start(parser(description).parse_args(arguments))
-    table = [line for shape in run.table(tables) for line in measure(shape, run)]
+    table = lines_of(name, run, run.table(tables), measure)
     report(name, run, table, [] if goals is None else goals(table))
+
+
+def lines_of(
+    name: str, run: Run, shapes: Sequence[Shape], measure: Callable[[Shape, Run], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The lines of all shapes; stderr says how far it is, which can take half an hour."""
+    table = []
+    for number, shape in enumerate(shapes, 1):
+        print(f"{name}: shape {number} of {len(shapes)}, {shape.label}", file=sys.stderr, flush=True)
+        table += measure(shape, run)
+    return table
 
 
 def report(name: str, run: Run, table: Sequence[Line], goals: Sequence[Goal]) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tulu_hpc.kernels import timing
-from tulu_hpc.kernels.bench_report import Goal, one, report, select, worst
+from tulu_hpc.kernels.bench_report import Goal, lines_of, one, report, select, worst
 from tulu_hpc.kernels.contest import OURS, Contestant, contest, lines
 from tulu_hpc.kernels.packed_attention import contestants, shapes
 from tulu_hpc.kernels.packed_attention.bench_layer import measure_layer
@@ -128,9 +128,9 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = run.table(shapes.TABLES)
     table: list[dict[str, Any]] = []
     if options.part != "layer":
-        table += [line for shape in chosen for line in measure_attention(shape, run)]
+        table += lines_of(OP, run, chosen, measure_attention)
     if options.part != "attention":
-        table += [line for shape in chosen if shape.hidden for line in measure_layer(shape, run)]
+        table += lines_of(f"{OP}, layer", run, [shape for shape in chosen if shape.hidden], measure_layer)
     report(OP, run, table, goals(table))
 
 
