@@ -9,6 +9,7 @@ import importlib
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -106,13 +107,13 @@ def labels_off_by_one(patch: pytest.MonkeyPatch) -> None:
     change_packs(patch, change)
 
 
-def rows_off_by_one(patch: pytest.MonkeyPatch) -> None:
-    """Every token is scored at its own row instead of the one before."""
+def rows_off_by_one(patch: pytest.MonkeyPatch, where: ModuleType = audit) -> None:
+    """Every token is scored (of a value model: valued) at its own row instead of the one before."""
 
     def change(pack: Any) -> None:
         pack.hidden_row_K = (pack.hidden_row_K + 1).clamp(max=pack.num_rows - 1)
 
-    change_packs(patch, change)
+    change_packs(patch, change, where)
 
 
 def readout_one_early(patch: pytest.MonkeyPatch) -> None:
@@ -172,15 +173,6 @@ def advantages_of_others(patch: pytest.MonkeyPatch) -> None:
     change_packs(patch, change)
 
 
-def values_one_late(patch: pytest.MonkeyPatch) -> None:
-    """Every value is read at its own token instead of before it."""
-
-    def change(pack: Any) -> None:
-        pack.hidden_row_K = (pack.hidden_row_K + 1).clamp(max=pack.num_rows - 1)
-
-    change_packs(patch, change, audit_values)
-
-
 def values_without_limit(patch: pytest.MonkeyPatch) -> None:
     """The value loss forgets its clip range."""
     terms = rlvr_values.value_terms
@@ -204,7 +196,7 @@ FAULTS: dict[int, dict[str, tuple[Plant, str, list[str], str, str]]] = {
         "rlvr temperature": (wrong_temperature, "rlvr", [], "logprobs", "sample 0"),
         "rlvr advantages": (advantages_of_others, "rlvr", [], "loss", "the batch"),
         "value rows": (
-            values_one_late,
+            partial(rows_off_by_one, where=audit_values),
             "ppo",
             ["train.prefix_sharing=false"],
             "value model hidden",

@@ -130,8 +130,7 @@ def test_server_killed(inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixtur
 
     def murder(ahead: Any) -> None:
         if ahead.learner.run.groups.is_main:
-            for process in psutil.Process(ahead.engine.own[0].pid).children(recursive=True):
-                process.kill()
+            real.kill(ahead.engine.own[0])
 
     before = {process.pid for process in psutil.process_iter()}
     config = config_of(inputs, tmp_path / "run", parallel__tensor=2)

@@ -61,8 +61,7 @@ def _with_a_murder(config: RlvrConfig) -> None:
         nonlocal calls
         calls += 1
         if calls == 2:
-            for process in psutil.Process(self.own[0].pid).children(recursive=True):
-                process.kill()
+            real.kill(self.own[0])
         return generate(self, requests, done)
 
     served.ServedEngine._generate = deadly  # type: ignore[method-assign]  # of this forked process only

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,14 +100,15 @@ def test_a_checkpoint_read_by_two_ranks(inputs: Path, tmp_path: Path, server: Se
 
 def evaluate_and_kill(config: EvalConfig) -> None:
     """The run's own server is killed while it generates."""
-    generate, killed = VllmEngine.generate, []
+    generate, killed = VllmEngine.generate, False
 
     async def kill_meanwhile(engine: VllmEngine, requests: Sequence[Request]) -> list[Completion]:
+        nonlocal killed
         under_way = asyncio.create_task(generate(engine, requests))
         if not killed:
+            killed = True
             await asyncio.sleep(0.1)
-            killed.append(real.processes(engine.own[0])[-1].pid)
-            os.killpg(os.getpgid(killed[0]), signal.SIGKILL)
+            real.kill(engine.own[0])
         return await under_way
 
     with pytest.MonkeyPatch.context() as patch:

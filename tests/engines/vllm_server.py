@@ -83,6 +83,12 @@ def processes(server: Server) -> list[psutil.Process]:
     return [supervisor, *supervisor.children(recursive=True)]
 
 
+def kill(server: Server) -> None:
+    """kill -9 of API server and engine core, not of their supervisor."""
+    for process in processes(server)[1:]:
+        process.kill()
+
+
 def hf_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 

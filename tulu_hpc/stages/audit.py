@@ -30,13 +30,21 @@ from tulu_hpc.models.convert import copy_companions, write_config
 from tulu_hpc.models.model_files import is_imported
 from tulu_hpc.models.names import SCORE, hf_shapes
 from tulu_hpc.models.safetensors_files import HfDirectory, published, write_shards
-from tulu_hpc.models.scalar_head import Head, new_head_weight
+from tulu_hpc.models.scalar_head import Head
 from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.failures import shared_writing
 from tulu_hpc.parallel.layout import Groups
 from tulu_hpc.stages import audit_rlvr, dpo, reward_model, rlvr, rlvr_loss, sft, training_run
 from tulu_hpc.stages.audit_losses import pair_loss, score_loss, sft_loss
-from tulu_hpc.stages.audit_model import TOLERANCES, AuditedModel, Tolerances, compared, one_batch
+from tulu_hpc.stages.audit_model import (
+    TOLERANCES,
+    AuditedModel,
+    Tolerances,
+    compared,
+    drawn_head,
+    one_batch,
+    shared_truth,
+)
 from tulu_hpc.stages.audit_values import value_checks
 from tulu_hpc.stages.training_data import kind_of, read_items, weight_field_of
 from tulu_hpc.stages.training_run import Run
@@ -185,16 +193,16 @@ def sample(run: Run, config: AuditedConfig, rows: int, max_tokens: int) -> tuple
 
 
 def one_process_truth(run: Run, config: AuditedConfig, items: Sequence[Item]) -> Truth:
-    """Computed by global rank 0; the others get all but the gradients."""
-    truth: Truth | None = None
-    if run.groups.is_main:
+    """Of the model that the file trains."""
+
+    def compute() -> Truth:
         if isinstance(config, SftConfig):
             loss = sft_loss(config, items)
         elif isinstance(config, RlvrConfig):
             loss = audit_rlvr.policy_loss(config, items)
         else:
             loss = pair_loss(config, items) if isinstance(config, DpoConfig) else score_loss(items)
-        truth = hugging_face.compute(
+        return hugging_face.compute(
             Path(config.model.path),
             items,
             loss,
@@ -203,19 +211,15 @@ def one_process_truth(run: Run, config: AuditedConfig, items: Sequence[Item]) ->
             new_score=drawn_tensors(run, config).get(SCORE),
             temperature=config.rollout.temperature if isinstance(config, RlvrConfig) else 1.0,
         )
-    shared = run.groups.broadcast_object(None if truth is None else replace(truth, gradients={}))
-    assert isinstance(shared, Truth)
-    return truth or shared
+
+    return shared_truth(run.groups, compute)
 
 
 def drawn_tensors(run: Run, config: AuditedConfig) -> dict[str, Tensor]:
     """What training draws by the seed because `model.path` lacks it: the head of a new reward model."""
     if not isinstance(config, RewardModelConfig):
         return {}
-    directory = HfDirectory(config.model.path)
-    has_head = SCORE in directory.file_of
-    directory.close()
-    return {} if has_head else {SCORE: new_head_weight(run.architecture.hidden_size, config.run.seed)}
+    return drawn_head(config.model.path, run.architecture.hidden_size, config.run.seed)
 
 
 def audited_trainer(run: Run, config: AuditedConfig) -> Trainer:
@@ -254,7 +258,7 @@ def trained_model_checks(
         loss_fn = reward_model.batch_loss(run, data, ())
     answer: Literal["scores", "logprobs"] = "scores" if isinstance(config, RewardModelConfig) else "logprobs"
     drawn = drawn_tensors(run, config)
-    model = AuditedModel(trainer, groups, run.architecture, config.model.path, answer=answer, drawn=drawn)
+    model = AuditedModel(trainer, config.model.path, answer, drawn)
     pairs = isinstance(config, DpoConfig | RewardModelConfig)
     return compared(model, data, truth, loss_fn, allowed, whole_on_every_context_rank=pairs)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -19,6 +19,9 @@ from tulu_hpc.diagnostics import compare
 from tulu_hpc.diagnostics.certificate import Check, Difference
 from tulu_hpc.diagnostics.hugging_face import Truth
 from tulu_hpc.models.convert import iter_hf_tensors
+from tulu_hpc.models.names import SCORE
+from tulu_hpc.models.safetensors_files import HfDirectory
+from tulu_hpc.models.scalar_head import new_head_weight
 from tulu_hpc.objectives.terms import Terms
 from tulu_hpc.parallel.device import default_device
 from tulu_hpc.parallel.layout import Groups
@@ -62,12 +65,26 @@ class AuditedModel:
     """
 
     trainer: Trainer
-    groups: Groups
-    architecture: Architecture
     path: str
     answer: Literal["logprobs", "scores", "values"] = "logprobs"
     drawn: Mapping[str, Tensor] = field(default_factory=dict)
     prefix: str = ""
+
+
+def shared_truth(groups: Groups, compute: Callable[[], Truth]) -> Truth:
+    """Computed by global rank 0; the others get all but the gradients."""
+    truth = compute() if groups.is_main else None
+    shared = groups.broadcast_object(None if truth is None else replace(truth, gradients={}))
+    assert isinstance(shared, Truth)
+    return truth or shared
+
+
+def drawn_head(path: str, hidden_size: int, seed: int) -> dict[str, Tensor]:
+    """The scalar head that training draws by the seed where the directory has none."""
+    directory = HfDirectory(path)
+    has_head = SCORE in directory.file_of
+    directory.close()
+    return {} if has_head else {SCORE: new_head_weight(hidden_size, seed)}
 
 
 def one_batch(
@@ -109,7 +126,8 @@ def compared(
     Args:
         whole_on_every_context_rank: the loss; otherwise each context-parallel rank has a part of it.
     """
-    trainer, groups, architecture = model.trainer, model.groups, model.architecture
+    trainer = model.trainer
+    groups, architecture = trainer.groups, trainer.architecture
     stored = iter_hf_tensors(trainer.models, architecture, groups)
     weights = compare.weight_differences(stored, model.path, model.drawn)
     layers = architecture.num_hidden_layers

@@ -23,12 +23,10 @@ from tulu_hpc.diagnostics import hugging_face
 from tulu_hpc.diagnostics.certificate import Check
 from tulu_hpc.diagnostics.hugging_face import Answers, ItemLoss
 from tulu_hpc.models.names import SCORE
-from tulu_hpc.models.safetensors_files import HfDirectory
-from tulu_hpc.models.scalar_head import new_head_weight
 from tulu_hpc.parallel.device import default_device
-from tulu_hpc.stages.audit_model import AuditedModel, Tolerances, compared, one_batch
+from tulu_hpc.stages.audit_model import AuditedModel, Tolerances, compared, drawn_head, one_batch, shared_truth
 from tulu_hpc.stages.rlvr_values import open_value_model, value_loss_of
-from tulu_hpc.stages.training_run import Run, read_architecture
+from tulu_hpc.stages.training_run import Run
 from tulu_hpc.training.normalisation import global_counts
 
 _OUTSIDE = 0.25  # share of the values beyond the clip range
@@ -51,43 +49,23 @@ def value_checks(run: Run, config: RlvrConfig, items: Sequence[Item], pad_id: in
     section = config.value
     assert section is not None
     model = open_value_model(run, config, total_steps=1)
-    architecture = read_architecture(section.model)
-    drawn = _drawn_head(section, architecture.hidden_size, config.run.seed)
+    architecture, path = model.trainer.architecture, section.model.path
+    drawn = drawn_head(path, architecture.hidden_size, config.run.seed) if section.new_head else {}
     distances = {item.id: draw_distances(section, item, config.run.seed) for item in items}
-    truth = None
-    if run.groups.is_main:
-        truth = hugging_face.compute(
-            Path(section.model.path),
-            items,
-            value_loss(section, items, distances),
-            default_device(),
-            scores=True,
-            new_score=drawn.get(SCORE),
-        )
-    shared = run.groups.broadcast_object(None if truth is None else replace(truth, gradients={}))
-    assert shared is not None
-    known = [_with_columns(item, distances[item.id], shared.logprobs) for item in items]
+    loss = value_loss(section, items, distances)
+    truth = shared_truth(
+        run.groups,
+        lambda: hugging_face.compute(
+            Path(path), items, loss, default_device(), scores=True, new_score=drawn.get(SCORE)
+        ),
+    )
+    known = [_with_columns(item, distances[item.id], truth.logprobs) for item in items]
     parallel, groups = section.parallel or config.parallel, model.place.groups
     with model.place.active():
         data = one_batch(known, config, parallel, groups, architecture, pad_id)
-        audited = AuditedModel(
-            model.trainer,
-            groups,
-            architecture,
-            section.model.path,
-            answer="values",
-            drawn=drawn,
-            prefix="value model ",
-        )
+        audited = AuditedModel(model.trainer, path, "values", drawn, prefix="value model ")
         loss_fn = value_loss_of(section, global_counts(data.packs, groups))
-        return compared(audited, data, truth or shared, loss_fn, allowed)
-
-
-def _drawn_head(section: ValueSection, hidden_size: int, seed: int) -> dict[str, Tensor]:
-    directory = HfDirectory(section.model.path)
-    has_head = SCORE in directory.file_of
-    directory.close()
-    return {SCORE: new_head_weight(hidden_size, seed)} if section.new_head and not has_head else {}
+        return compared(audited, data, truth, loss_fn, allowed)
 
 
 def draw_distances(section: ValueSection, item: Item, seed: int) -> Distances:
